@@ -1,0 +1,97 @@
+"""Keys of existing configs that have another name, another form or no effect here.
+
+They come from the Ovis2.5 training code (package 2.5.0), from transformers 4.51, which it pins, and
+from TRL's own ways of masking. None of the removed keys is a field of transformers 5.18 to 5.23.
+"""
+
+# Key -> the keys that take its value.
+RENAMED: dict[str, tuple[str, ...]] = {
+    "ovis_pretrained_path": ("model_path",),
+    "model_name_or_path": ("model_path",),
+    "dtype": ("torch_dtype",),
+    "max_seq_length": ("multimodal_max_length", "text_max_length"),
+    "max_length": ("multimodal_max_length", "text_max_length"),
+    "evaluation_strategy": ("eval_strategy",),
+    "warmup_ratio": ("warmup_steps",),
+    "no_cuda": ("use_cpu",),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size",),
+    "push_to_hub_model_id": ("hub_model_id",),
+    "push_to_hub_token": ("hub_token",),
+    "torchdynamo": ("torch_compile_backend",),
+}
+
+# Switch -> the key it sets, its value when true, its value when false (None: nothing is set).
+SWITCHES: dict[str, tuple[str, str, str | None]] = {
+    "dataloader_shuffle": ("train_sampling_strategy", "random", "sequential"),
+    "group_by_length": ("train_sampling_strategy", "group_by_length", None),
+    "adafactor": ("optim", "adafactor", None),
+}
+
+# Keys with one accepted value -> that value, and what to do instead of another one.
+FIXED: dict[str, tuple[str | bool, str]] = {
+    "train_modules": ("all", "use freeze_llm / freeze_vision_tower"),
+    "data_type": ("conversation", "write the samples as conversations"),
+    "packing": (False, "leave it out: samples are padded"),
+    "eval_packing": (False, "leave it out: samples are padded"),
+    "padding_free": (False, "leave it out: samples are padded"),
+}
+
+_CHECKPOINT = "the checkpoint's own config rules"
+_UNUSED = "the reference never used it either"
+_MASKS = "which tokens carry loss follows from rendering the conversation"
+_GONE = "transformers no longer has it"
+
+# Accepted without effect -> why.
+NO_EFFECT: dict[str, str] = {
+    "train_modules": "all modules are trained unless freeze_llm or freeze_vision_tower is set",
+    "llm_name_or_path": _CHECKPOINT,
+    "vit_name_or_path": _CHECKPOINT,
+    "visual_vocab_size": _CHECKPOINT,
+    "conversation_formatter_class": _CHECKPOINT,
+    "vit_hidden_stride": _CHECKPOINT,
+    "vit_window_size": _CHECKPOINT,
+    "vit_temporal_patch_size": _CHECKPOINT,
+    "vit_fullatt_block_indexes": _CHECKPOINT,
+    "vit_preserve_original_pe": _CHECKPOINT,
+    "vit_use_rope": _CHECKPOINT,
+    "data_name": "it is a label only; the files are named in data_path",
+    "data_type": "conversations are the only type",
+    "data_info_version": "the files are named in data_path",
+    "stage": "every run is supervised fine-tuning",
+    "cache_dir": _UNUSED,
+    "monitor_step": "there is no callback that prints whole tensors",
+    "model_init_seed": f"{_UNUSED}; seed rules",
+    "overall_ratio": _UNUSED,
+    "mix_data_name": _UNUSED,
+    "mix_ratio": _UNUSED,
+    "accepts_loss_kwargs": "the loss is always averaged over the label tokens of a whole step",
+    "assistant_only_loss": _MASKS,
+    "completion_only_loss": _MASKS,
+    "dataset_text_field": _MASKS,
+    "packing": "samples are padded",
+    "eval_packing": "samples are padded",
+    "padding_free": "samples are padded",
+    "save_safetensors": "weights are always saved as safetensors",
+    "logging_dir": f"{_GONE}; set the environment variable TENSORBOARD_LOGGING_DIR",
+    "use_mps_device": f"{_GONE}; mps is used where it is available",
+    "jit_mode_eval": _GONE,
+    "use_ipex": _GONE,
+    "fp16_opt_level": f"{_GONE}, nor apex",
+    "fp16_backend": f"{_GONE}, nor apex",
+    "half_precision_backend": f"{_GONE}, nor apex",
+    "tpu_num_cores": _GONE,
+    "tpu_metrics_debug": f"{_GONE}; use debug",
+    "past_index": _GONE,
+    "fsdp_min_num_params": f"{_GONE}; write min_num_params in fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": (
+        f"{_GONE}; write transformer_layer_cls_to_wrap in fsdp_config"
+    ),
+    "tp_size": f"{_GONE}; use parallelism_config",
+    "use_legacy_prediction_loop": _GONE,
+    "include_inputs_for_metrics": f"{_GONE}; use include_for_metrics",
+    "push_to_hub_organization": f"{_GONE}; write hub_model_id as organization/name",
+    "mp_parameters": _GONE,
+    "ray_scope": _GONE,
+    "include_tokens_per_second": f"{_GONE}; use include_num_input_tokens_seen",
+}

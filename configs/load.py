@@ -1,0 +1,282 @@
+"""A config file and command-line overrides -> one `RunConfig`; imports no host library."""
+
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ConfigError
+from .coercion import coerce
+from .host_fields import host_fields
+from .legacy import FIXED, NO_EFFECT, RENAMED, SWITCHES
+from .schema import DataConfig, ModelConfig, RunConfig, annotations_of
+
+COMMAND_LINE = "command line"
+
+_REQUIRED = {
+    "model_path": '"model_path": "AIDC-AI/Ovis2.5-2B"',
+    "data_path": '"data_path": "data/train.json"',
+    "output_dir": '"output_dir": "outputs/run1"',
+}
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """Resolve what follows `vlmtune train`.
+
+    Args:
+        argv: An optional config file (.json, .yaml, .yml), then `--key value`, `--key=value` or a
+            bare `--flag` (true). The command line wins over the file.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown or missing key, or a wrong value.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    notes: list[str] = []
+    layers = _read_layers(argv)
+    for source, layer in layers.items():
+        resolved = _resolve(layer, source, notes)
+        values.update(resolved)
+        sources.update(dict.fromkeys(resolved, source))
+    _fold_min_lr_rate(values, sources, notes)
+
+    missing = [key for key in _REQUIRED if not values.get(key)]
+    if missing:
+        raise ConfigError(
+            next(iter(layers)),
+            f"missing: {', '.join(missing)}",
+            f"add {', '.join(_REQUIRED[key] for key in missing)}",
+        )
+    try:
+        model = ModelConfig(**_take(values, annotations_of(ModelConfig)))
+        data = DataConfig(**_take(values, annotations_of(DataConfig)))
+    except ConfigError as error:
+        source = sources.get(error.where, "default")
+        raise ConfigError(f"{source}, {error.where}", error.what, error.fix) from None
+    return RunConfig(model, data, values, sources, list(dict.fromkeys(notes)))
+
+
+def _read_layers(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Source -> its raw keys, the weakest source first."""
+    rest = list(argv)
+    layers = {}
+    if rest and not rest[0].startswith("--"):
+        path = Path(rest.pop(0)).expanduser().resolve()
+        layers[f"file {path}"] = _read_file(path, f"file {path}")
+    layers[COMMAND_LINE] = overrides = {}
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(
+                COMMAND_LINE,
+                f'"{word}" follows no key',
+                'write the config file first, then --key value; join several paths with "|"',
+            )
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else True
+        overrides[key.replace("-", "_")] = value
+    return layers
+
+
+def _read_file(path: Path, where: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            where,
+            f"cannot be read: {error.strerror}",
+            "give the path of a .json, .yaml or .yml file, relative to the working directory",
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(where, "is not UTF-8 text", "save it as UTF-8") from None
+    match path.suffix.lower():
+        case ".json":
+            content = _parse_json(text, where)
+        case ".yaml" | ".yml":
+            content = _parse_yaml(text, where)
+        case _:
+            raise ConfigError(
+                where, f'cannot tell the format of "{path.name}"', "name it .json, .yaml or .yml"
+            )
+    if not isinstance(content, dict):
+        raise ConfigError(
+            where,
+            f"holds a {type(content).__name__}, not keys and values",
+            'start it with "{" and write "key": value pairs',
+        )
+    return {str(key): value for key, value in content.items() if value is not None}
+
+
+def _parse_json(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _reject_duplicates((key for key, _ in pairs), where)
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{where}, line {error.lineno}, column {error.colno}",
+            f"broken JSON: {error.msg}",
+            "correct it there, or just before",
+        ) from None
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    import yaml  # here only: JSON configs must not pay for it
+
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+            _reject_duplicates((key.value for key, _ in node.value), where)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            where + place, f"broken YAML: {problem}", "correct it there, or just before"
+        ) from None
+
+
+def _reject_duplicates(keys: Iterable[Any], where: str) -> None:
+    seen = []
+    for key in keys:
+        if key in seen:
+            raise ConfigError(where, f'"{key}" is given twice', "keep one of them")
+        seen.append(key)
+
+
+@cache
+def _annotations() -> dict[str, str]:
+    """Every key under its present name -> annotation text."""
+    known = host_fields() | annotations_of(ModelConfig) | annotations_of(DataConfig)
+    known["min_lr_rate"] = "float | None"
+    return {key: known[key] for key in known if key not in RENAMED and key not in NO_EFFECT}
+
+
+def _resolve(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+    """One source's keys under their present names, with values of the annotated types."""
+    layer = _with_one_warmup(layer)
+    annotations = _annotations()
+    values = {
+        key: _read(layer, key, annotations[key], source) for key in layer if key in annotations
+    }
+    written = {key: key for key in values}  # present name -> the name the user wrote
+    for key in layer:
+        if key in annotations:
+            continue
+        present, note = _translate(layer, key, source)
+        notes.append(note)
+        for name, value in present.items():
+            if values.setdefault(name, value) != value:
+                raise ConfigError(
+                    source,
+                    f'"{written[name]}" and "{key}" set the same thing but differ: '
+                    f"{values[name]!r} and {value!r}",
+                    "keep one of them",
+                )
+            written.setdefault(name, key)
+    return values
+
+
+def _translate(layer: dict[str, Any], key: str, source: str) -> tuple[dict[str, Any], str]:
+    """A key without a present meaning of its own -> the present keys it sets, and a note."""
+    if key in NO_EFFECT:
+        _check_fixed(layer, key, source)
+        return {}, f"{key} has no effect: {NO_EFFECT[key]}"
+    if key in SWITCHES:
+        name, if_true, if_false = SWITCHES[key]
+        on = _read(layer, key, "bool", source)
+        value = if_true if on else if_false
+        if value is None:
+            return {}, f"{key} {json.dumps(on)} has no effect: it is the default"
+        return {name: value}, f'{key} {json.dumps(on)} is read as {name} "{value}"'
+    if key not in RENAMED:
+        raise _unknown(key, source)
+    targets = RENAMED[key]
+    names = [name for name in targets if len(targets) == 1 or name not in layer]
+    if not names:
+        return {}, f"{key} has no effect: {' and '.join(targets)} are given"
+    value = _read(layer, key, _annotations()[names[0]], source)
+    if key == "warmup_ratio" and not 0 <= value < 1:
+        raise ConfigError(
+            f"{source}, {key}",
+            f"{value} is not a fraction of the steps",
+            "give 0 or more and less than 1, or a number of steps as warmup_steps",
+        )
+    return dict.fromkeys(names, value), f"{key} is read as {' and '.join(names)}"
+
+
+def _check_fixed(layer: dict[str, Any], key: str, source: str) -> None:
+    if key not in FIXED:
+        return
+    accepted, instead = FIXED[key]
+    annotation = "bool" if isinstance(accepted, bool) else "str"
+    value = _read(layer, key, annotation, source)
+    if value != accepted:
+        raise ConfigError(
+            f"{source}, {key}", f"{key} {json.dumps(value)} is not supported yet", instead
+        )
+
+
+def _with_one_warmup(layer: dict[str, Any]) -> dict[str, Any]:
+    """Where both warmup keys are given, as transformers 4.51 saved them, a zero yields."""
+    if "warmup_steps" in layer and "warmup_ratio" in layer:
+        for key in ("warmup_steps", "warmup_ratio"):
+            if layer[key] in (0, "0", "0.0"):
+                return {other: layer[other] for other in layer if other != key}
+    return layer
+
+
+def _fold_min_lr_rate(values: dict[str, Any], sources: dict[str, str], notes: list[str]) -> None:
+    """Move min_lr_rate into lr_scheduler_kwargs, where the schedulers look for it."""
+    rate, source = values.pop("min_lr_rate", None), sources.pop("min_lr_rate", COMMAND_LINE)
+    if rate is None:
+        return
+    notes.append("min_lr_rate is read as lr_scheduler_kwargs.min_lr_rate")
+    kwargs = values.get("lr_scheduler_kwargs") or {}
+    kwargs_source = sources.get("lr_scheduler_kwargs", source)
+    if kwargs.get("min_lr_rate", rate) != rate:
+        if kwargs_source == source:
+            raise ConfigError(
+                source,
+                '"min_lr_rate" and "lr_scheduler_kwargs.min_lr_rate" set the same thing but '
+                f"differ: {rate!r} and {kwargs['min_lr_rate']!r}",
+                "keep one of them",
+            )
+        if kwargs_source == COMMAND_LINE:
+            return
+    values["lr_scheduler_kwargs"] = {**kwargs, "min_lr_rate": rate}
+    sources["lr_scheduler_kwargs"] = (
+        COMMAND_LINE if COMMAND_LINE in (source, kwargs_source) else source
+    )
+
+
+def _read(layer: dict[str, Any], key: str, annotation: str, source: str) -> Any:
+    return coerce(
+        layer[key],
+        annotation,
+        key=key,
+        source=source,
+        from_command_line=source == COMMAND_LINE,
+    )
+
+
+def _unknown(key: str, source: str) -> ConfigError:
+    known = sorted({*_annotations(), *RENAMED, *SWITCHES, *NO_EFFECT})
+    nearest = ", ".join(f'"{name}"' for name in get_close_matches(key, known))
+    return ConfigError(
+        source,
+        f'unknown key "{key}"',
+        f"did you mean {nearest}?" if nearest else "remove it; no key has a similar name",
+    )
+
+
+def _take(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: values.pop(key) for key in keys if key in values}

@@ -1,0 +1,32 @@
+"""The one exception tree. Every message says where, what, and how to fix it."""
+
+
+class VLMTuneError(Exception):
+    """A mistake in what the user gave; the command line prints it without a traceback.
+
+    Args:
+        where: File, record, id and field, or the config key.
+        what: What is wrong there.
+        fix: What to write or do instead.
+    """
+
+    def __init__(self, where: str, what: str, fix: str):
+        what, fix = what.rstrip(".") + ".", fix.rstrip(".") + "."
+        super().__init__(f"{where}:\n  {what}\n  Fix: {fix}")
+        self.where, self.what, self.fix = where, what, fix
+
+    def __reduce__(self):
+        # Exception's own __reduce__ would call __init__ with the one formatted string.
+        return type(self), (self.where, self.what, self.fix)
+
+
+class ConfigError(VLMTuneError, ValueError):
+    """A configuration key or value."""
+
+
+class DataError(VLMTuneError, ValueError):
+    """A data file, record, image or video."""
+
+
+class ModelError(VLMTuneError, ValueError):
+    """A checkpoint, or inputs that do not fit the model."""

@@ -1,0 +1,16 @@
+"""Lines for the user. Rank 0 speaks; the other ranks stay silent."""
+
+import sys
+
+from .distributed import rank
+
+
+def say(line: str = "") -> None:
+    """Print one line to stderr on rank 0, so stdout stays free for results."""
+    if rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def note(line: str) -> None:
+    """Print a one-line note about something accepted but changed or without effect."""
+    say(f"note: {line}")

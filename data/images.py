@@ -1,0 +1,169 @@
+"""Opening images and videos, with errors that name the record, and their pixel limits."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, UnidentifiedImageError
+
+from ..core.errors import DataError
+
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pillow's own limit (twice `Image.MAX_IMAGE_PIXELS`), beyond which it assumes an attack."""
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Smallest and largest area an image or frame is resized to, and how many frames are taken.
+
+    A negative minimum of several images or a video means the single-image minimum; a negative
+    maximum means the single-image maximum shared among them.
+
+    Source: AIDC-AI/Ovis 2.5.0, `ConversationDataset`.
+    """
+
+    single_image_min_pixels: int
+    single_image_max_pixels: int
+    multiple_image_min_pixels: int
+    multiple_image_max_pixels: int
+    video_min_pixels: int
+    video_max_pixels: int
+    min_frames: int
+    max_frames: int
+
+    def for_images(self, count: int) -> tuple[int, int]:
+        if count == 1:
+            return self.single_image_min_pixels, self.single_image_max_pixels
+        return self._shared(self.multiple_image_min_pixels, self.multiple_image_max_pixels, count)
+
+    def for_video(self, frames: int) -> tuple[int, int]:
+        return self._shared(self.video_min_pixels, self.video_max_pixels, frames)
+
+    def _shared(self, low: int, high: int, count: int) -> tuple[int, int]:
+        low = self.single_image_min_pixels if low < 0 else low
+        high = max(low, self.single_image_max_pixels // count) if high < 0 else high
+        return low, high
+
+
+def open_image(path: str, where: str) -> Image.Image:
+    """The image with its header read and its pixels not yet decoded.
+
+    Raises:
+        DataError: missing, unreadable, of zero size, or huge.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except FileNotFoundError:
+        raise _bad(where, path, "does not exist", "check image_folder and the path") from None
+    except Image.DecompressionBombError:
+        raise _bad(
+            where, path, "has too many pixels to be an honest image", "scale it down"
+        ) from None
+    except UnidentifiedImageError:
+        raise _bad(where, path, "is no image Pillow can read", "replace or remove it") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _bad(where, path, f"cannot be opened: {error}", "replace or remove it") from None
+    if image.width * image.height == 0:
+        raise _bad(where, path, f"is {image.width}x{image.height} pixels", "replace or remove it")
+    return image
+
+
+def decode(image: Image.Image, path: str, where: str) -> Image.Image:
+    """Read the pixels.
+
+    Raises:
+        DataError: the file is truncated or corrupt.
+    """
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise _bad(where, path, f"is corrupt: {error}", "replace or remove it") from None
+    return image
+
+
+def check_image(path: str, where: str) -> tuple[int, int]:
+    """Height and width, after decoding once to see that the file is whole.
+
+    Raises:
+        DataError: as `open_image` and `decode`.
+    """
+    with open_image(path, where) as image:
+        size = image.height, image.width
+        # A JPEG is read to its end but built at an eighth of its size.
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+        decode(image, path, where)
+    return size
+
+
+def frame_indices(total: int, min_frames: int, max_frames: int) -> list[int]:
+    """Which of `total` frames are taken: all within the bounds, else evenly spaced ones.
+
+    Source: AIDC-AI/Ovis 2.5.0, training sampler.
+    """
+    if min_frames <= total <= max_frames:
+        return list(range(total))
+    count = min_frames if total < min_frames else max_frames
+    stride = total / count
+    return [
+        min(total - 1, (round(stride * i) + round(stride * (i + 1))) // 2) for i in range(count)
+    ]
+
+
+def check_video(path: str, where: str) -> tuple[int, int, int]:
+    """Number of frames, height and width of a video file, without decoding it.
+
+    Raises:
+        DataError: PyAV is missing, or the file has no readable video.
+    """
+    with _open_video(path, where) as container:
+        stream = container.streams.video[0]
+        frames = sum(1 for packet in container.demux(stream) if packet.size)
+        if not frames or not stream.codec_context.height:
+            raise _bad(where, path, "has no video frames", "replace or remove it")
+        return frames, stream.codec_context.height, stream.codec_context.width
+
+
+def read_video(path: str, where: str, indices: Sequence[int]) -> list[Image.Image]:
+    """The frames at `indices`, in order; an index may repeat.
+
+    Raises:
+        DataError: as `check_video`, or the video is shorter than announced.
+    """
+    wanted, found = set(indices), {}
+    with _open_video(path, where) as container:
+        try:
+            for index, frame in enumerate(container.decode(video=0)):
+                if index in wanted:
+                    found[index] = frame.to_image()
+                if len(found) == len(wanted):
+                    break
+        except OSError as error:
+            raise _bad(where, path, f"cannot be decoded: {error}", "replace or remove it") from None
+    if len(found) < len(wanted):
+        missing = min(wanted - set(found))
+        raise _bad(where, path, f"ends before frame {missing}", "replace or remove it")
+    return [found[index] for index in indices]
+
+
+def _open_video(path: str, where: str):
+    try:
+        import av
+    except ImportError:
+        raise DataError(
+            where,
+            f"{path} is a video file, and PyAV, which decodes it, is not installed.",
+            'run: pip install "vlmtune[video]", or give "video_frames".',
+        ) from None
+    try:
+        container = av.open(path)
+    except (OSError, ValueError) as error:
+        raise _bad(where, path, f"cannot be opened: {error}", "check the path and file") from None
+    if not container.streams.video:
+        raise _bad(where, path, "has no video stream", "replace or remove it")
+    return container
+
+
+def _bad(where: str, path: str, what: str, fix: str) -> DataError:
+    return DataError(where, f"{path} {what}.", f"{fix}.")

@@ -1,0 +1,32 @@
+"""Model families. Importing this package registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .ovis2_5.configuration_ovis2_5 import Ovis2_5Config, OvisConfig
+from .ovis2_5.modeling_ovis2_5 import Ovis2_5
+from .ovis2_5.processing_ovis2_5 import Ovis2_5Processor
+
+__all__ = ["Ovis2_5", "Ovis2_5Config", "Ovis2_5Processor"]
+
+AutoConfig.register("ovis2_5", Ovis2_5Config)
+AutoConfig.register("ovis", OvisConfig)
+AutoModelForImageTextToText.register(Ovis2_5Config, Ovis2_5)
+AutoProcessor.register(Ovis2_5Config, Ovis2_5Processor)
+
+_processor_by_files = AutoProcessor.from_pretrained
+
+
+def _processor_by_model_type(pretrained_model_name_or_path, **kwargs):
+    # Published Ovis2.5 folders name SiglipProcessor in preprocessor_config.json, and AutoProcessor
+    # believes that file before the model type.
+    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")}
+    try:
+        settings, _ = Ovis2_5Config.get_config_dict(pretrained_model_name_or_path, **hub)
+    except OSError:
+        settings = {}
+    if settings.get("model_type") in ("ovis2_5", "ovis"):
+        return Ovis2_5Processor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    return _processor_by_files(pretrained_model_name_or_path, **kwargs)
+
+
+AutoProcessor.from_pretrained = staticmethod(_processor_by_model_type)

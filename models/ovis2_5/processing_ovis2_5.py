@@ -1,0 +1,215 @@
+"""Processor of Ovis2.5: how its conversations are written and its images become tokens."""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.utils.hub import cached_file
+
+from ...core.errors import ModelError
+from .configuration_ovis2_5 import (
+    IMAGE_BEGIN_ID,
+    IMAGE_END_ID,
+    VIDEO_BEGIN_ID,
+    VIDEO_END_ID,
+    VISUAL_ATOM_ID,
+)
+from .image_processing_ovis2_5 import Ovis2_5ImageProcessor
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+CONTENT_TAGS = frozenset(
+    f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")
+)
+"""Added tokens that people and models write; every other one is control."""
+
+
+class Ovis2_5Processor(ProcessorMixin):
+    """Tokenizer and image processor of one checkpoint.
+
+    A conversation is ChatML: `<|im_start|>role`, newline, text, `<|im_end|>`, newline. An answer
+    given without thinking starts with the empty think block.
+
+    The Jinja chat template renders prompts as the published one does, history without thoughts;
+    training and vlmtune's own inference go through `vlmtune.collators.rendering` instead, whose
+    prompts equal the training prefix (docs/decisions/0003).
+
+    Source: AIDC-AI/Ovis 2.5.0, `Qwen3ConversationFormatter`; tokenizer_config.json of
+    AIDC-AI/Ovis2.5-9B.
+    """
+
+    attributes = ("image_processor", "tokenizer")
+    turn_start, turn_end = "<|im_start|>", "<|im_end|>"
+    empty_think = "<think>\n\n</think>\n\n"
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        super().__init__(
+            image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Reads tokenizer, preprocessor_config.json and, where there is one, config.json, whose
+        `vit_config` rules over patch sizes. Remote code is never run."""
+        kwargs = {k: v for k, v in kwargs.items() if not k.startswith("_")}
+        kwargs.pop("trust_remote_code", None)
+        source = pretrained_model_name_or_path
+        settings, _ = Ovis2_5ImageProcessor.get_image_processor_dict(source, **kwargs)
+        if cached_file(
+            source, "config.json", _raise_exceptions_for_missing_entries=False, **kwargs
+        ):
+            vit = AutoConfig.from_pretrained(source, **kwargs).vit_config
+            for key in ("patch_size", "hidden_stride", "temporal_patch_size"):
+                settings[key] = getattr(vit, key)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        return cls(Ovis2_5ImageProcessor(**settings), tokenizer)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Writes the published layout: preprocessor_config.json and the tokenizer's files."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.image_processor.to_json_file(folder / PREPROCESSOR_FILE)
+        template, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
+        files = self.tokenizer.save_pretrained(save_directory)
+        self.tokenizer.chat_template = template
+        if push_to_hub:
+            raise ModelError(
+                str(folder), "push_to_hub is not done by the processor.", "upload the saved folder."
+            )
+        return [*files, str(folder / PREPROCESSOR_FILE)]
+
+    def control_id(self, token: str) -> int:
+        """Id of a control token such as `<|im_end|>`.
+
+        Raises:
+            ModelError: the tokenizer has no such token.
+        """
+        index = self.tokenizer.get_vocab().get(token)
+        if index is None:
+            raise ModelError(
+                f"tokenizer of {self.tokenizer.name_or_path!r}",
+                f"has no token {token}.",
+                "use the tokenizer that came with the Ovis2.5 checkpoint.",
+            )
+        return index
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a user's text. A control token spelled out in it, such as "<|im_end|>", stays
+        text: it is tokenized in two pieces, neither of which is the token."""
+        pieces, start = [], 0
+        for found in self._control_tokens.finditer(text):
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+        pieces.append(text[start:])
+        return [i for p in pieces for i in self.tokenizer(p, add_special_tokens=False)["input_ids"]]
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        tokens = set(self.tokenizer.get_added_vocab()) - CONTENT_TAGS
+        return re.compile("|".join(map(re.escape, sorted(tokens))) or r"(?!)")
+
+    def visual_ids(self, tokens: int, *, video: bool = False) -> list[int]:
+        """Ids an image or video of that many visual tokens is written with."""
+        begin, end = (VIDEO_BEGIN_ID, VIDEO_END_ID) if video else (IMAGE_BEGIN_ID, IMAGE_END_ID)
+        return [begin, *[VISUAL_ATOM_ID] * tokens, end]
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image] | Image.Image | None = None,
+        text: str | Sequence[str] | None = None,
+        videos: Sequence[Sequence[Image.Image]] | None = None,
+        min_pixels: int = 448**2,
+        max_pixels: int = 1792**2,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenize rendered text whose `<image>` and `<video>` marks stand for the given media.
+
+        Returns:
+            `input_ids` and `attention_mask` `[B, T]`, padded on the left for generation; with
+            media also `pixel_values` `[N, features]` and `grid_thws` `[media, 3]`, in the order in
+            which images, then videos, are given.
+
+        Raises:
+            ModelError: the marks do not match the media, or both kinds are given.
+        """
+        texts = [text] if isinstance(text, str) else list(text or ())
+        images = [images] if isinstance(images, Image.Image) else list(images or ())
+        if images and videos:
+            raise ModelError("Ovis2_5Processor", "got images and videos.", "pass one kind.")
+        mark = "<video>" if videos else "<image>"
+        media = [list(frames) for frames in videos] if videos else [[image] for image in images]
+        marks = sum(t.count(mark) for t in texts)
+        if marks != len(media):
+            raise ModelError(
+                "Ovis2_5Processor",
+                f"the text has {marks} {mark}, but {len(media)} were passed.",
+                f"write one {mark} for each, in order.",
+            )
+        pieces = [self.image_processor.patches(frames, min_pixels, max_pixels) for frames in media]
+        blocks = iter(
+            self.visual_ids(self.image_processor.visual_tokens(grid), video=bool(videos))
+            for _, grid in pieces
+        )
+        rows = []
+        for one in texts:
+            first, *rest = one.split(mark) if media else [one]
+            ids = self.tokenizer(first, add_special_tokens=False)["input_ids"]
+            for chunk in rest:
+                ids += next(blocks)
+                ids += self.tokenizer(chunk, add_special_tokens=False)["input_ids"]
+            rows.append(ids)
+        longest = max(map(len, rows), default=0)
+        pad = self.tokenizer.pad_token_id
+        data: dict[str, Any] = {
+            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor(
+                [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            ),
+        }
+        if pieces:
+            data["pixel_values"] = torch.from_numpy(np.concatenate([p for p, _ in pieces]))
+            data["grid_thws"] = torch.tensor([grid for _, grid in pieces])
+        return BatchFeature(data)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "grid_thws"]
+
+
+CHAT_TEMPLATE = """\
+{%- macro plain(text) -%}
+{{- text | replace('<image>', '') | replace('<video>', '') -}}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{%- set body = plain(message.content) -%}
+{%- else -%}
+{%- set parts = namespace(all=[]) -%}
+{%- for item in message.content -%}
+{%- if item.type in ['image', 'video'] -%}
+{%- set parts.all = parts.all + ['<' + item.type + '>'] -%}
+{%- elif item.type == 'text' -%}
+{%- set parts.all = parts.all + [plain(item.text)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set body = parts.all | join('\\n') -%}
+{%- endif -%}
+{%- if message.role == 'assistant' and '</think>' in body -%}
+{%- set body = body.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- body + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and not enable_thinking -%}
+{{- '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}
+{%- endif -%}
+"""

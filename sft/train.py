@@ -1,0 +1,250 @@
+"""One training run: `vlmtune train config.json --key value`, alone or under torchrun."""
+
+import hashlib
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
+from trl.trainer.sft_config import SFTConfig
+
+from ..collators.padded import PaddedCollator
+from ..collators.rendering import Thinking
+from ..collators.sample import SampleEncoder
+from ..configs.schema import RunConfig
+from ..core.distributed import launched_by_torchrun, rank, world_size
+from ..core.errors import ConfigError, ModelError
+from ..core.logging import note, say
+from ..data.dataset import PreparedData, prepare_dataset
+from ..data.images import PixelLimits
+from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
+from .callbacks import JsonLinesLog
+from .output import check_output_dir, save_finished, write_ledger
+from .trainer import make_trainer
+
+
+def run(config: RunConfig) -> None:
+    """Train as configured and leave a complete model in the output folder.
+
+    Raises:
+        VLMTuneError: before any training step, for what the user can mend.
+    """
+    for line in config.notes:
+        note(line)
+    args = training_arguments(config)
+    folder = Path(args.output_dir or ".")
+    try:
+        with args.main_process_first(desc="data"):
+            if rank() == 0 and args.resume_from_checkpoint is None:
+                check_output_dir(folder, config.model.overwrite_output_dir)
+            processor = load_processor(config.model.model_path)
+            encoder = sample_encoder(config, processor)
+            train = prepare(config, config.data.data_path, encoder)
+            evaluation = None
+            if config.data.eval_data_path:
+                evaluation = prepare(config, config.data.eval_data_path, encoder)
+            left_out = train.left_out + (evaluation.left_out if evaluation else [])
+            if rank() == 0:
+                write_ledger(folder, left_out)
+        model = load_model(config)
+        trainer = make_trainer(
+            config.model.trainer,
+            model,
+            args,
+            PaddedCollator(encoder),
+            train.dataset,
+            evaluation.dataset if evaluation else None,
+            [JsonLinesLog()],
+        )
+        say(banner(config, args, model, train, evaluation))
+        if config.training.get("do_train", True):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            save_finished(trainer, config)
+            say(f"Saved the model to {folder.resolve()}")
+        if evaluation:
+            metrics = trainer.evaluate()
+            say(f"Evaluation: loss {metrics['eval_loss']:.4f}")
+    finally:
+        # Without this some DeepSpeed runs abort at interpreter exit.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def training_arguments(config: RunConfig) -> SFTConfig:
+    """The user's keys over our defaults: what fits the machine, and what our collator needs.
+
+    Raises:
+        ConfigError: evaluation is asked for without evaluation data.
+    """
+    given = dict(config.training)
+    cpu = given.get("use_cpu", not torch.cuda.is_available())
+    if cpu and given.pop("tf32", False):
+        note("tf32 has no effect on CPU")
+    if given.get("eval_strategy", "no") != "no" and not config.data.eval_data_path:
+        raise ConfigError(
+            "eval_strategy",
+            f'is "{given["eval_strategy"]}", but there is no eval_data_path',
+            "give eval_data_path, or set eval_strategy to no",
+        )
+    if "eval_steps" in given and "eval_strategy" not in given and config.data.eval_data_path:
+        given["eval_strategy"] = "steps"
+    defaults = {
+        "use_cpu": cpu,
+        "bf16": not cpu and not given.get("fp16", False),
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
+        # Every rank runs every trainable part (Ovis2_5._vision_must_run), so DDP need not search.
+        "ddp_find_unused_parameters": False,
+    }
+    if cpu and launched_by_torchrun():
+        defaults["ddp_backend"] = "gloo"
+    required = {
+        "remove_unused_columns": False,
+        "max_length": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    with warnings.catch_warnings():
+        # TRL and configs use the name that transformers 5.18 knows; 5.23 warns of it.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+        args = SFTConfig(**{**defaults, **given, **required})
+    if args.deepspeed and cpu:
+        # With use_cpu, transformers starts torch.distributed but not deepspeed.comm (0.19).
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    return args
+
+
+def load_processor(path: str) -> Ovis2_5Processor:
+    """Raises ModelError when the checkpoint cannot be read or is of another family."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, Ovis2_5Config):
+            raise ModelError(
+                f"model_path {path}",
+                f'has model_type "{config.model_type}"',
+                'use an Ovis2.5 checkpoint (model_type "ovis2_5" or "ovis")',
+            )
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        where = f"model_path {Path(path).resolve() if Path(path).exists() else path}"
+        reason = str(error).strip().split("\n")[0]
+        fix = "give a folder with config.json, weights and tokenizer, or a Hub name"
+        raise ModelError(where, f"cannot be loaded: {reason}", fix) from error
+
+
+def load_model(config: RunConfig) -> Ovis2_5:
+    """The model in its training dtype, with the configured parts frozen.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    settings, attention = config.model, config.model.attn_implementation
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        note("attn_implementation is sdpa: flash-attn 2 is not installed, or there is no GPU")
+        attention = "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(
+        settings.model_path, dtype=settings.torch_dtype, attn_implementation=attention
+    )
+    if settings.freeze_llm:
+        model.llm.requires_grad_(False)
+    if settings.freeze_vision_tower:
+        model.visual_tokenizer.vit.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("freeze_llm, freeze_vision_tower", "nothing is left to train", "free one")
+    return model
+
+
+def sample_encoder(config: RunConfig, processor: Ovis2_5Processor) -> SampleEncoder:
+    data = config.data
+    return SampleEncoder(
+        processor=processor,
+        limits=PixelLimits(**{name: getattr(data, name) for name in PixelLimits.__annotations__}),
+        multimodal_max_length=data.multimodal_max_length,
+        text_max_length=data.text_max_length,
+        thinking=cast(Thinking, data.thinking),
+    )
+
+
+def prepare(config: RunConfig, paths: list[str], encoder: SampleEncoder) -> PreparedData:
+    processor = encoder.processor
+    settings = {
+        "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
+        "image_processor": processor.image_processor.to_dict(),
+        "limits": asdict(encoder.limits),
+        "lengths": [encoder.multimodal_max_length, encoder.text_max_length],
+        "thinking": encoder.thinking,
+    }
+
+    def measure(conversation, sizes) -> tuple[int, int]:
+        encoded = encoder.encode(conversation, sizes)
+        return len(encoded.ids), encoded.trained_tokens
+
+    return prepare_dataset(
+        paths,
+        config.data.image_folder,
+        check_files=encoder.check_files,
+        measure=measure,
+        skip_bad=config.data.on_bad_sample == "skip",
+        fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps of a run, as the trainer will count them."""
+
+    batch: int
+    per_epoch: int
+    total: int
+
+
+def schedule(samples: int, args: SFTConfig) -> Schedule:
+    """Effective batch and steps: per-device batch x accumulation x processes."""
+    ranks, accumulation = world_size(), args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size
+    if args.dataloader_drop_last:
+        batches = samples // batch // ranks
+    else:
+        batches = math.ceil(math.ceil(samples / batch) / ranks)
+    per_epoch = max(math.ceil(batches / accumulation), 1)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    return Schedule(batch * accumulation * ranks, per_epoch, total)
+
+
+def banner(
+    config: RunConfig,
+    args: SFTConfig,
+    model: PreTrainedModel,
+    train: PreparedData,
+    evaluation: PreparedData | None,
+) -> str:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
+    plan = schedule(len(train.dataset), args)
+    held_out = evaluation or PreparedData(train.dataset.select([]), [])
+    left_out = len(train.left_out) + len(held_out.left_out)
+    lengths = train.dataset["length"]
+    lines = {
+        "model": f"{config.model.model_path} ({type(model).__name__}, {model.dtype})",
+        "trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
+        "samples": f"{len(train.dataset):,} train, {len(held_out.dataset):,} eval"
+        + (f", {left_out:,} left out (bad_samples.jsonl)" if left_out else ""),
+        "tokens": f"{sum(lengths):,} in all, longest sample {max(lengths):,}, "
+        f"{sum(train.dataset['trained_tokens']) / sum(lengths):.1%} trained",
+        "batch": f"{plan.batch} = {args.per_device_train_batch_size} per device x "
+        f"{args.gradient_accumulation_steps} accumulation x {world_size()} processes",
+        "steps": f"{plan.total:,} = {plan.per_epoch:,} per epoch, "
+        f"{plan.total / plan.per_epoch:.2f} epochs",
+        "trainer": f"{config.model.trainer}, learning rate {args.learning_rate:g}, "
+        f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on {args.device.type}",
+        "output": str(Path(args.output_dir or ".").resolve()),
+    }
+    return "\n".join(f"  {key:8} {value}" for key, value in lines.items())
