@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..configs.load import load_config
 from ..core.errors import VLMTuneError
+from ..core.logging import quiet_hosts
 
 USAGE = """\
 usage: vlmtune train [CONFIG] [--key value ...] [--debug]
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> None:
     config = load_config(argv)
-    # Imported here: it takes seconds, and the line above catches most mistakes.
+    quiet_hosts()
+    # Imported here: it takes seconds, and load_config catches most mistakes before.
     from ..sft.train import run
 
     run(config)

@@ -1,6 +1,12 @@
-"""What a process knows of its launcher, read from torchrun's environment; imports no torch."""
+"""What a process knows of its launcher, and how processes wait for each other."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from .errors import VLMTuneError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -17,3 +23,28 @@ def world_size() -> int:
 
 def launched_by_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ
+
+
+def main_process_first(action: Callable[[], T]) -> T:
+    """Run `action` on each machine's first process, then on the others, which find its cache.
+
+    Raises:
+        VLMTuneError: of the first process, there; the others exit with 1 and stay silent.
+    """
+    if world_size() == 1:
+        return action()
+    import torch.distributed as dist
+
+    result, failure = None, None
+    if local_rank() == 0:
+        try:
+            result = action()
+        except VLMTuneError as error:
+            failure = error
+    failed: list[bool] = [False] * world_size()
+    dist.all_gather_object(failed, failure is not None)
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise SystemExit(1)
+    return action() if result is None else result

@@ -11,8 +11,8 @@ class VLMTuneError(Exception):
     """
 
     def __init__(self, where: str, what: str, fix: str):
-        what, fix = what.rstrip(".") + ".", fix.rstrip(".") + "."
-        super().__init__(f"{where}:\n  {what}\n  Fix: {fix}")
+        ended = [text if text.endswith((".", "?")) else f"{text}." for text in (what, fix)]
+        super().__init__(f"{where}:\n  {ended[0]}\n  Fix: {ended[1]}")
         self.where, self.what, self.fix = where, what, fix
 
     def __reduce__(self):

@@ -1,5 +1,6 @@
 """Lines for the user. Rank 0 speaks; the other ranks stay silent."""
 
+import logging
 import sys
 
 from .distributed import rank
@@ -14,3 +15,8 @@ def say(line: str = "") -> None:
 def note(line: str) -> None:
     """Print a one-line note about something accepted but changed or without effect."""
     say(f"note: {line}")
+
+
+def quiet_hosts() -> None:
+    """Silence host libraries' start-up lines about parts that are not used."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

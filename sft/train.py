@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 
@@ -18,7 +18,7 @@ from ..collators.padded import PaddedCollator
 from ..collators.rendering import Thinking
 from ..collators.sample import SampleEncoder
 from ..configs.schema import RunConfig
-from ..core.distributed import launched_by_torchrun, rank, world_size
+from ..core.distributed import launched_by_torchrun, main_process_first, rank, world_size
 from ..core.errors import ConfigError, ModelError
 from ..core.logging import note, say
 from ..data.dataset import PreparedData, prepare_dataset
@@ -40,18 +40,7 @@ def run(config: RunConfig) -> None:
     args = training_arguments(config)
     folder = Path(args.output_dir or ".")
     try:
-        with args.main_process_first(desc="data"):
-            if rank() == 0 and args.resume_from_checkpoint is None:
-                check_output_dir(folder, config.model.overwrite_output_dir)
-            processor = load_processor(config.model.model_path)
-            encoder = sample_encoder(config, processor)
-            train = prepare(config, config.data.data_path, encoder)
-            evaluation = None
-            if config.data.eval_data_path:
-                evaluation = prepare(config, config.data.eval_data_path, encoder)
-            left_out = train.left_out + (evaluation.left_out if evaluation else [])
-            if rank() == 0:
-                write_ledger(folder, left_out)
+        encoder, train, evaluation = main_process_first(lambda: load_data(config, args))
         model = load_model(config)
         trainer = make_trainer(
             config.model.trainer,
@@ -120,24 +109,47 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     return args
 
 
+def load_data(
+    config: RunConfig, args: SFTConfig
+) -> tuple[SampleEncoder, PreparedData, PreparedData | None]:
+    """The checked data of a run, with samples that were left out in the ledger.
+
+    Raises:
+        VLMTuneError: the output folder is taken, the processor cannot be loaded, or a sample is
+            bad.
+    """
+    folder = Path(args.output_dir or ".")
+    if rank() == 0 and args.resume_from_checkpoint is None:
+        check_output_dir(folder, config.model.overwrite_output_dir)
+    encoder = sample_encoder(config, load_processor(config.model.model_path))
+    train = prepare(config, config.data.data_path, encoder)
+    evaluation = None
+    if config.data.eval_data_path:
+        evaluation = prepare(config, config.data.eval_data_path, encoder)
+    if rank() == 0:
+        write_ledger(folder, train.left_out + (evaluation.left_out if evaluation else []))
+    return encoder, train, evaluation
+
+
 def load_processor(path: str) -> Ovis2_5Processor:
     """Raises ModelError when the checkpoint cannot be read or is of another family."""
+    where = f"model_path {path}"
+    fix = "give a folder with config.json, weights and tokenizer, or a Hub name"
+    names_a_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not Path(path).exists() and (names_a_folder or Path(path).parent.is_dir()):
+        raise ModelError(f"model_path {Path(path).resolve()}", "there is no such folder", fix)
     try:
         config = AutoConfig.from_pretrained(path)
-        if not isinstance(config, Ovis2_5Config):
-            raise ModelError(
-                f"model_path {path}",
-                f'has model_type "{config.model_type}"',
-                'use an Ovis2.5 checkpoint (model_type "ovis2_5" or "ovis")',
-            )
-        return AutoProcessor.from_pretrained(path)
+        if isinstance(config, Ovis2_5Config):
+            return AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        where = f"model_path {Path(path).resolve() if Path(path).exists() else path}"
         reason = str(error).strip().split("\n")[0]
-        fix = "give a folder with config.json, weights and tokenizer, or a Hub name"
         raise ModelError(where, f"cannot be loaded: {reason}", fix) from error
+    raise ModelError(
+        where,
+        f'has model_type "{config.model_type}"',
+        'use an Ovis2.5 checkpoint (model_type "ovis2_5" or "ovis")',
+    )
 
 
 def load_model(config: RunConfig) -> Ovis2_5:
@@ -150,7 +162,7 @@ def load_model(config: RunConfig) -> Ovis2_5:
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         note("attn_implementation is sdpa: flash-attn 2 is not installed, or there is no GPU")
         attention = "sdpa"
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = Ovis2_5.from_pretrained(
         settings.model_path, dtype=settings.torch_dtype, attn_implementation=attention
     )
     if settings.freeze_llm:

@@ -83,6 +83,12 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_unused()
         return loaded
 
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
+        if state_dict is not None and self.config.llm_config.tie_word_embeddings:
+            # ZeRO-1 and 2 hand over the tied head as a tensor of its own.
+            state_dict = {k: v for k, v in state_dict.items() if k != "llm.lm_head.weight"}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
     def _freeze_unused(self) -> None:
         self.visual_tokenizer.vit.vision_model.post_layernorm.requires_grad_(False)
 

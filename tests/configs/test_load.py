@@ -157,7 +157,9 @@ def test_a_comment_key_is_unknown_too(failure, key):
 def test_an_unknown_key_on_the_command_line_says_so():
     with pytest.raises(ConfigError) as caught:
         load_config([*REQUIRED_ARGV, "--sed", "1"])
-    assert str(caught.value).startswith('command line:\n  unknown key "sed"\n  Fix: did you mean "')
+    assert str(caught.value).startswith(
+        'command line:\n  unknown key "sed".\n  Fix: did you mean "'
+    )
     assert '"seed"' in caught.value.fix
 
 
@@ -253,8 +255,8 @@ def test_a_wrong_value_names_its_source_key_and_type(failure, tmp_path):
     error = failure(json.dumps(REQUIRED | {"max_steps": 1.5}))
     assert str(error) == (
         f"file {tmp_path}/run.json, max_steps:\n"
-        "  1.5 is not a whole number\n"
-        '  Fix: give "max_steps" a whole number'
+        "  1.5 is not a whole number.\n"
+        '  Fix: give "max_steps" a whole number.'
     )
 
 

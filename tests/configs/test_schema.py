@@ -33,6 +33,7 @@ def test_defaults_are_those_of_the_reference():
         "freeze_llm": False,
         "freeze_vision_tower": False,
         "trainer": "trl",
+        "overwrite_output_dir": False,
     }
 
 
@@ -115,4 +116,4 @@ def test_to_dict_is_flat_with_own_defaults_and_the_given_training_keys():
     assert flat["model_path"] == "m"
     assert flat["text_max_length"] == 4096
     assert (flat["output_dir"], flat["seed"]) == ("o", 7)
-    assert len(flat) == 6 + 15 + 2
+    assert len(flat) == 7 + 15 + 2

@@ -8,18 +8,32 @@ from vlmtune.configs.load import load_config
 
 CONFIGS = files("vlmtune.configs")
 PRESETS = sorted(path.name for path in (CONFIGS / "presets").iterdir())
+OFFICIAL = [name for name in PRESETS if name.startswith("ovis2_5_full")]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_uses_present_names_only(name):
     run = load_config([str(CONFIGS / "presets" / name)])
     assert run.notes == []
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_recipe_runs_under_zero_1_and_reports_nowhere(name):
+    run = load_config([str(CONFIGS / "presets" / name)])
     assert run.training["deepspeed"] == "configs/zero/zero1.json"
     assert "report_to" not in run.training
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_a_real_sft_config(name, tmp_path):
+    training = load_config([str(CONFIGS / "presets" / name)]).training
+    on_cpu = {"use_cpu": True, "bf16": False, "tf32": None, "deepspeed": None}
+    config = SFTConfig(**{**training, **on_cpu, "output_dir": str(tmp_path)})
+    assert config.learning_rate == training["learning_rate"]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_recipe_keeps_the_reference_schedule(name, tmp_path):
     training = load_config([str(CONFIGS / "presets" / name)]).training
     del training["deepspeed"]
     on_cpu = {"use_cpu": True, "bf16": False, "tf32": None, "output_dir": str(tmp_path)}

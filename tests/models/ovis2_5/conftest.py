@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+import vlmtune.models  # noqa: F401  registers Ovis2.5
 
 
 @dataclass
@@ -22,6 +25,9 @@ class Golden:
     @property
     def grids(self) -> list[tuple[int, int, int]]:
         return [(t, h, w) for t, h, w in self.inputs["grid_thws"].tolist()]
+
+    def model(self, **kwargs) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(self.folder, **kwargs)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,190 @@
+"""Whatever is wrong with the input is one clear error before any step, exit code 1."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlmtune.cli.main import main
+
+
+@pytest.fixture
+def train(checkpoint, tmp_path, monkeypatch, capsys):
+    """`train(records, key=value)` runs `vlmtune train` in this process and returns exit code,
+    error text; any training step would leave log.jsonl, which is asserted not to exist."""
+    monkeypatch.setattr("vlmtune.data.dataset.HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "fine.png")
+
+    def run(records, *flags, **keys):
+        data = tmp_path / "train.json"
+        if records is not None:
+            data.write_text(records if isinstance(records, str) else json.dumps(records), "utf-8")
+        settings = {
+            "model_path": checkpoint(),
+            "data_path": data,
+            "image_folder": tmp_path,
+            "output_dir": tmp_path / "out",
+            "single_image_min_pixels": 256,
+            "single_image_max_pixels": 1024,
+            **keys,
+        }
+        words = [word for k, v in settings.items() for word in (f"--{k}", str(v))]
+        code = main(["train", *words, *flags])
+        assert not (tmp_path / "out" / "log.jsonl").exists()
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def record(**changes):
+    return {
+        "id": "a7",
+        "image": "fine.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A square."},
+        ],
+        **changes,
+    }
+
+
+def turns(question="<image>\nWhat is it?", answer="A square.", asker="human"):
+    return [{"from": asker, "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "what", "fix"),
+    [
+        ({"conversations": turns(asker="user")}, "conversations[0].from", '"user"', '"human"'),
+        ({"conversations": []}, "conversations", "is empty", "list of"),
+        (
+            {"conversations": turns("<image><image>")},
+            "conversations[0].value",
+            '2 "<image>" placeholders, but "image" lists 1 file.',
+            "remove the surplus",
+        ),
+        ({"image": None}, "conversations[0].value", '"image" lists 0 files', "list a file"),
+        ({"image": "gone.png"}, "image", "gone.png does not exist", "image_folder"),
+        ({"image": "empty.png"}, "image", "no image Pillow can read", "replace"),
+        ({"image": "cut.png"}, "image", "is corrupt", "replace"),
+        ({"image": "bomb.png"}, "image", "too many pixels", "scale it down"),
+        ({"conversations": turns(answer=" \n")}, "conversations[1].value", "without text", "write"),
+    ],
+)
+def test_bad_record(changes, place, what, fix, train, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    noise = Image.effect_noise((64, 64), 90)
+    noise.save(tmp_path / "whole.png")
+    cut = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(cut[: len(cut) // 2])
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+        )
+    )
+    code, error = train([record(), record(**changes)])
+    assert code == 1
+    where = f'DataError: {tmp_path}/train.json, record 2 (id "a7"), {place}:'
+    assert where in error
+    assert what in error
+    assert fix in error.split("Fix:")[1]
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ('[\n{"id": 1,}\n]', "train.json, line 2, column"),
+        ("", "train.json:\n  the file is empty."),
+        ('{"a": 1}', "train.json:\n  holds no list of records."),
+        (None, "train.json:\n  there is no such file."),
+    ],
+)
+def test_bad_file(content, what, train):
+    code, error = train(content)
+    assert code == 1
+    assert what in error
+    assert "Fix: " in error
+    assert "Traceback" not in error
+
+
+def test_unknown_key_shows_the_nearest_name(train):
+    code, error = train([record()], learnin_rate="1")
+    assert (code, '"learning_rate"' in error.split("Fix: did you mean")[1]) == (1, True)
+
+
+def test_output_folder_with_a_finished_model_is_not_replaced_unasked(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    code, error = train([record()])
+    assert code == 1
+    assert "already holds a finished model" in error
+    assert "--overwrite_output_dir" in error
+
+
+def test_evaluation_without_data_is_refused(train):
+    code, error = train([record()], eval_strategy="epoch")
+    assert (code, "there is no eval_data_path" in error) == (1, True)
+
+
+def test_missing_model_folder_is_named(train, tmp_path):
+    code, error = train([record()], model_path=tmp_path / "absent")
+    assert code == 1
+    assert f"model_path {tmp_path / 'absent'}:\n  there is no such folder." in error
+
+
+def test_model_of_another_family_is_refused(train, tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    code, error = train([record()], model_path=tmp_path / "bert")
+    assert (code, 'has model_type "bert"' in error) == (1, True)
+
+
+def test_samples_that_lose_all_supervision_end_the_run_when_none_is_left(train):
+    code, error = train([record()], multimodal_max_length=4)
+    assert code == 1
+    assert "no sample is left to learn from" in error
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    words = ["train", "--model_path", "x", "--data_path", "y", "--output_dir", "z", "--sed", "1"]
+    for extra, expected in ([], False), (["--debug"], True):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmtune.cli.main", *words, *extra],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == expected
+        assert 'did you mean "seed"?' in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], []])
+def test_help_answers_without_torch(words):
+    code = (
+        "import sys\nfrom vlmtune.cli.main import main\n"
+        f"code = main({words})\n"
+        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: vlmtune train")
+    assert done.stdout.splitlines()[-1] == "0 False False"
+
+
+def test_unknown_command_is_refused(capsys):
+    assert main(["trian"]) == 1
+    assert 'unknown command "trian"' in capsys.readouterr().err
+
+
+def test_readme_and_launcher_exist_where_help_says():
+    root = Path(__file__).parents[2]
+    assert (root / "scripts/train_launch.sh").stat().st_mode & 0o111

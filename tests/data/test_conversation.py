@@ -1,0 +1,410 @@
+"""LLaVA records to conversations: what is accepted, and what is said of the rest."""
+
+from typing import Any
+
+import datasets
+import pytest
+
+from vlmtune.core.errors import DataError
+from vlmtune.data.conversation import Conversation, Turn, parse_conversation
+from vlmtune.data.dataset import FEATURES
+
+AT = 'train.json, record 17 (id "coco_0123")'
+Said = list[tuple[str, Any]]
+
+
+def record(said: Said, **rest) -> dict[str, Any]:
+    turns = [{"from": speaker, "value": text} for speaker, text in said]
+    return {"id": "coco_0123", **rest, "conversations": turns}
+
+
+def parse(given: Any, image_folder: str | None = None) -> Conversation:
+    return parse_conversation(given, "train.json", 17, image_folder)
+
+
+def error_of(given: Any) -> DataError:
+    with pytest.raises(DataError) as error:
+        parse(given)
+    return error.value
+
+
+def asked(question: str, answer: str = "A cat.") -> Said:
+    return [("human", question), ("gpt", answer)]
+
+
+PLAIN = asked("What?")
+
+
+def test_speakers_become_roles_and_only_gpt_is_trained():
+    said: Said = [
+        ("system", "Be brief."),
+        ("human", "What?"),
+        ("ignored_gpt", "A dog."),
+        ("human", "Sure?"),
+        ("gpt", " No, a cat.\n"),
+        ("human", "Thanks."),
+    ]
+    assert parse(record(said)) == Conversation(
+        id="coco_0123",
+        turns=[
+            Turn("system", "Be brief.", trained=False),
+            Turn("user", "What?", trained=False),
+            Turn("assistant", "A dog.", trained=False),
+            Turn("user", "Sure?", trained=False),
+            Turn("assistant", " No, a cat.\n", trained=True),
+            Turn("user", "Thanks.", trained=False),
+        ],
+        images=[],
+        video=None,
+        frames=[],
+        source="train.json",
+        record=17,
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "said", "files"),
+    [
+        pytest.param("a.png", asked("<image>\nWhat?"), ["a.png"], id="path"),
+        pytest.param(["a.png"], asked("What is <image>?"), ["a.png"], id="list-of-one"),
+        pytest.param(["b.png", "a.png"], asked("<image><image>"), ["b.png", "a.png"], id="two"),
+        pytest.param(["a.png", "a.png"], asked("<image>\n<image>"), ["a.png"] * 2, id="same-twice"),
+        pytest.param(
+            ["a.png", "b.png", "c.png"],
+            [
+                ("system", "Like <image>."),
+                ("human", "What?"),
+                ("gpt", "See <image>."),
+                ("human", "And <image>"),
+                ("gpt", "No."),
+            ],
+            ["a.png", "b.png", "c.png"],
+            id="in-every-role",
+        ),
+        pytest.param([], PLAIN, [], id="empty-list"),
+        pytest.param(None, PLAIN, [], id="null"),
+    ],
+)
+def test_images_are_listed_in_the_order_of_their_marks(image, said, files):
+    conversation = parse(record(said, image=image))
+    assert conversation.images == conversation.media_files == files
+    assert [turn.text for turn in conversation.turns] == [text for _, text in said]
+
+
+@pytest.mark.parametrize(
+    ("given", "video", "frames"),
+    [
+        ({"video": "a.mp4"}, "a.mp4", []),
+        ({"video": ["a.mp4"]}, "a.mp4", []),
+        ({"video_frames": ["2.png", "1.png"]}, None, ["2.png", "1.png"]),
+        ({"video_frames": "1.png"}, None, ["1.png"]),
+        ({"video_frames": ["1.png"], "video": None, "image": []}, None, ["1.png"]),
+    ],
+)
+def test_a_video_is_one_file_or_a_list_of_frames(given, video, frames):
+    conversation = parse(record(asked("<video>\nWhat?"), **given))
+    assert (conversation.images, conversation.video, conversation.frames) == ([], video, frames)
+    assert conversation.media_files == ([video] if video else frames)
+
+
+@pytest.mark.parametrize(
+    ("key", "mark"), [("image", "<image>"), ("video", "<video>"), ("video_frames", "<video>")]
+)
+@pytest.mark.parametrize(
+    ("folder", "path", "resolved"),
+    [
+        ("/data/coco", "val/1.png", "/data/coco/val/1.png"),
+        ("coco", "val/1.png", "coco/val/1.png"),
+        ("/data/coco", "/other/1.png", "/other/1.png"),
+        (None, "val/1.png", "val/1.png"),
+        ("", "val/1.png", "val/1.png"),
+    ],
+)
+def test_relative_paths_start_at_the_image_folder(key, mark, folder, path, resolved):
+    given = record(asked(mark), **{key: path})
+    assert parse(given, image_folder=folder).media_files == [resolved]
+
+
+def test_id_may_be_a_number():
+    assert parse({**record(PLAIN), "id": 7}).id == "7"
+
+
+def test_missing_id_becomes_the_position():
+    given = record(PLAIN)
+    del given["id"]
+    assert parse(given).id == "17"
+    assert parse(given).where("image") == 'train.json, record 17 (id "17"), image'
+
+
+def test_where_names_file_record_id_and_place():
+    assert parse(record(PLAIN)).where("image") == f"{AT}, image"
+
+
+def test_image_count_error_reads_as_documented():
+    given = record(asked("<image>\n<image>\nWhich?"), image="a.png")
+    assert str(error_of(given)) == (
+        'train.json, record 17 (id "coco_0123"), conversations[0].value:\n'
+        '  2 "<image>" placeholders, but "image" lists 1 file.\n'
+        '  Fix: list a file in "image" for each placeholder, or remove the surplus.'
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "media", "place", "what"),
+    [
+        pytest.param(
+            asked("<image>"),
+            {},
+            "conversations[0].value",
+            '1 "<image>" placeholder, but "image" lists 0 files.',
+            id="mark-without-image",
+        ),
+        pytest.param(
+            asked("<image>"),
+            {"image": ["a", "b", "c"]},
+            "conversations[0].value",
+            '1 "<image>" placeholder, but "image" lists 3 files.',
+            id="fewer-marks",
+        ),
+        pytest.param(
+            PLAIN,
+            {"image": "a"},
+            "image",
+            '0 "<image>" placeholders, but "image" lists 1 file.',
+            id="no-mark",
+        ),
+        pytest.param(
+            [("human", "<image>"), ("gpt", "Yes."), ("human", "<image>"), ("gpt", "<image>")],
+            {"image": ["a", "b"]},
+            "conversations[0].value, conversations[2].value, conversations[3].value",
+            '3 "<image>" placeholders, but "image" lists 2 files.',
+            id="marks-in-many-turns",
+        ),
+        pytest.param(
+            asked("What?", "<video>"),
+            {},
+            "conversations[1].value",
+            '1 "<video>" placeholder, but the record has no "video".',
+            id="mark-without-video",
+        ),
+        pytest.param(
+            asked("<video>"),
+            {"image": "a"},
+            "image",
+            '0 "<image>" placeholders, but "image" lists 1 file.',
+            id="video-mark-for-an-image",
+        ),
+        pytest.param(
+            asked("<video>\n<video>"),
+            {"video": "a"},
+            "conversations[0].value",
+            '2 "<video>" placeholders, but the record has a "video".',
+            id="two-video-marks",
+        ),
+        pytest.param(
+            PLAIN,
+            {"video": "a"},
+            "video",
+            '0 "<video>" placeholders, but the record has a "video".',
+            id="no-video-mark",
+        ),
+        pytest.param(
+            PLAIN,
+            {"video_frames": ["a", "b"]},
+            "video_frames",
+            '0 "<video>" placeholders, but the record has a "video_frames".',
+            id="no-mark-for-frames",
+        ),
+    ],
+)
+def test_marks_that_do_not_match_the_files_are_refused(said, media, place, what):
+    error = error_of(record(said, **media))
+    assert (error.where, error.what) == (f"{AT}, {place}", what)
+    assert error.fix.endswith("for each placeholder, or remove the surplus.")
+
+
+@pytest.mark.parametrize(
+    "media",
+    [
+        {"image": "a", "video": "b"},
+        {"image": "a", "video_frames": ["b"]},
+        {"video": "a", "video_frames": ["b"]},
+        {"image": ["a"], "video": "b", "video_frames": "c"},
+    ],
+)
+def test_two_kinds_of_media_are_refused(media):
+    error = error_of(record(asked("<image><video>"), **media))
+    assert error.where == AT
+    assert error.what == 'has more than one of "image", "video" and "video_frames".'
+    assert error.fix == "keep one kind of media per record."
+
+
+def test_two_videos_are_refused():
+    error = error_of(record(asked("<video><video>"), video=["a", "b"]))
+    assert (error.where, error.what) == (f"{AT}, video", "lists 2 files.")
+    assert error.fix == "give one video per record."
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(5, "is int 5."), (True, "is bool True."), ({"path": "a.png"}, "is an object.")],
+)
+@pytest.mark.parametrize("key", ["image", "video", "video_frames"])
+def test_media_of_a_wrong_type_are_refused(key, value, what):
+    error = error_of(record(PLAIN, **{key: value}))
+    assert (error.where, error.what) == (f"{AT}, {key}", what)
+    assert error.fix == "write a path, or a list of paths."
+
+
+@pytest.mark.parametrize(
+    ("speaker", "nearest"),
+    [
+        ("user", "human"),
+        ("assistant", "gpt"),
+        ("model", "gpt"),
+        ("bot", "gpt"),
+        ("gpts", "gpt"),
+        ("Human", "human"),
+        ("ignore_gpt", "ignored_gpt"),
+        ("sytem", "system"),
+        ("", "human"),
+        ("observation", "human"),
+        (None, "human"),
+        (["gpt"], "gpt"),
+    ],
+)
+def test_unknown_role_is_refused_with_the_nearest_known(speaker, nearest):
+    error = error_of(record([("human", "What?"), (speaker, "A cat.")]))
+    assert error.where == f"{AT}, conversations[1].from"
+    assert error.what == f'unknown role "{speaker}".'
+    assert error.fix == f'write "{nearest}"; known are human, gpt, ignored_gpt, system.'
+
+
+@pytest.mark.parametrize(
+    ("conversations", "what"),
+    [
+        ([], "is empty."),
+        (None, "is missing, not a list."),
+        ("What?", "is a string, not a list."),
+        ({"human": "What?"}, "is an object, not a list."),
+        (5, "is int 5, not a list."),
+    ],
+)
+def test_conversations_must_be_a_list_of_turns(conversations, what):
+    error = error_of({"id": "coco_0123", "conversations": conversations})
+    assert (error.where, error.what) == (f"{AT}, conversations", what)
+    assert error.fix == 'write a list of {"from": ..., "value": ...}.'
+
+
+def test_missing_conversations_are_refused():
+    error = error_of({"id": "coco_0123", "image": "a.png"})
+    assert (error.where, error.what) == (f"{AT}, conversations", "is missing, not a list.")
+
+
+@pytest.mark.parametrize(
+    "turn", ["A cat.", None, ["gpt", "A cat."], {"from": "gpt"}, {"value": "A cat."}, {}]
+)
+def test_turn_must_be_an_object_with_both_keys(turn):
+    given = record(PLAIN)
+    given["conversations"].append(turn)
+    error = error_of(given)
+    assert error.where == f"{AT}, conversations[2]"
+    assert error.what == 'is not an object with "from" and "value".'
+    assert error.fix == "write both keys."
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (None, "is missing, not text."),
+        (5, "is int 5, not text."),
+        (["A cat."], "is a list, not text."),
+        ({"text": "A cat."}, "is an object, not text."),
+    ],
+)
+@pytest.mark.parametrize("speaker", ["human", "gpt", "ignored_gpt", "system"])
+def test_value_must_be_text(speaker, value, what):
+    error = error_of(record([*PLAIN, (speaker, value)]))
+    assert (error.where, error.what) == (f"{AT}, conversations[2].value", what)
+    assert error.fix == "write a string."
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t\n"])
+def test_answer_without_text_is_refused(text):
+    error = error_of(record([*PLAIN, ("human", "Sure?"), ("gpt", text)]))
+    assert error.where == f"{AT}, conversations[3].value"
+    assert error.what == "answer without text."
+    assert error.fix == "write the answer, or remove the turn."
+
+
+@pytest.mark.parametrize("speaker", ["human", "ignored_gpt", "system"])
+def test_what_is_not_learned_may_be_empty(speaker):
+    assert [turn.text for turn in parse(record([(speaker, ""), ("gpt", "A cat.")])).turns] == [
+        "",
+        "A cat.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "said", [[("human", "What?")], [("human", "What?"), ("ignored_gpt", "A dog.")]]
+)
+def test_record_without_an_answer_to_learn_is_refused(said):
+    error = error_of(record(said))
+    assert (error.where, error.what) == (f"{AT}, conversations", 'has no turn from "gpt".')
+    assert error.fix == "add an answer, or remove the record."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<tool_response>5",
+        "5</tool_response>",
+        "</tool_response>5<tool_response>",
+        "<tool_response>5</tool_response><tool_response>6",
+        "<tool_response>5</tool_response></tool_response>",
+    ],
+)
+def test_unpaired_tool_response_in_an_answer_is_refused(answer):
+    error = error_of(record(asked("What?", answer)))
+    assert error.where == f"{AT}, conversations[1].value"
+    assert error.what == "<tool_response> and </tool_response> do not pair up."
+    assert error.fix == "close each <tool_response> in the same answer."
+
+
+def test_paired_tool_responses_are_accepted():
+    answer = "a<tool_response>\n5\n</tool_response>b<tool_response></tool_response>c"
+    assert parse(record(asked("</tool_response>", answer))).turns[1].text == answer
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["What?"], "is a list, not an object."),
+        ("What?", "is a string, not an object."),
+        (5, "is int 5, not an object."),
+        (None, "is missing, not an object."),
+    ],
+)
+def test_record_must_be_an_object(given, what):
+    error = error_of(given)
+    assert (error.where, error.what) == ("train.json, record 17", what)
+    assert error.fix == 'write {"id": ..., "conversations": [...]}.'
+
+
+@pytest.mark.parametrize(
+    ("said", "media"),
+    [
+        pytest.param([("system", ""), *asked("What? 图\n", " é\n")], {}, id="text"),
+        pytest.param(asked("<image><image>"), {"image": ["b.png", "a.png"]}, id="images"),
+        pytest.param(asked("<video>"), {"video": "a.mp4"}, id="video"),
+        pytest.param(asked("<video>"), {"video_frames": ["2.png", "1.png"]}, id="frames"),
+    ],
+)
+def test_conversation_survives_an_arrow_dataset(said, media):
+    conversation = parse(record(said, **media), image_folder="/data")
+    row = {**conversation.to_row(), "length": 5, "trained_tokens": 2}
+    other = {**parse(record(PLAIN)).to_row(), "length": 1, "trained_tokens": 1}
+    dataset = datasets.Dataset.from_list([other, row], features=FEATURES)
+    assert dataset[1] == row
+    assert Conversation.from_row(dataset[1]) == conversation
+    assert not {"image", "images"} & set(dataset.column_names)

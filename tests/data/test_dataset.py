@@ -1,0 +1,344 @@
+"""What is kept, what is left out, and when the work is done again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmtune.core.errors import DataError
+from vlmtune.data.conversation import Conversation
+from vlmtune.data.dataset import PreparedData, prepare_dataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("vlmtune.data.dataset.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vlmtune"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(name, content)` writes a list as JSON and strings as they are."""
+
+    def write_file(name: str, content: Any) -> str:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, "utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+class Checks:
+    """Stands for the model: a file's size is its length, a word is a token. Counts its calls."""
+
+    def __init__(self):
+        self.checked: list[str] = []
+
+    def check_files(self, conversation: Conversation) -> list[int]:
+        self.checked.append(conversation.id)
+        sizes = []
+        for file in conversation.media_files:
+            if not Path(file).exists():
+                raise DataError(conversation.where("image"), f"{file} is gone.", "find it.")
+            sizes.append(Path(file).stat().st_size)
+        return sizes
+
+    def measure(self, conversation: Conversation, sizes: list[int]) -> tuple[int, int]:
+        if "tremble" in conversation.turns[0].text:
+            raise DataError(conversation.where("conversations"), "has a rattle.", "mend it.")
+        words = sum(len(turn.text.split()) for turn in conversation.turns)
+        trained = sum(len(turn.text.split()) for turn in conversation.turns if turn.trained)
+        return words + sum(sizes), 0 if "cut" in conversation.turns[0].text else trained
+
+
+@pytest.fixture
+def checks() -> Checks:
+    return Checks()
+
+
+@pytest.fixture
+def prepare(checks):
+    def prepare_with(*paths: str, folder: str | None = None, skip_bad: bool = False, by: str = "t"):
+        return prepare_dataset(
+            paths,
+            folder,
+            check_files=checks.check_files,
+            measure=checks.measure,
+            skip_bad=skip_bad,
+            fingerprint=by,
+        )
+
+    return prepare_with
+
+
+def record(identity: Any, question: str = "What is it?", answer: str = "A cat.", **rest) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": identity, **rest, "conversations": turns}
+
+
+def ids(prepared: PreparedData) -> list[str]:
+    return list(prepared.dataset["id"])
+
+
+def test_a_sample_becomes_a_row_that_trl_leaves_alone(write, prepare, tmp_path):
+    write("a.png", "12345")
+    path = write("d.json", [record("one", "<image>\nWhat?", image="a.png")])
+    prepared = prepare(path, folder=str(tmp_path))
+    assert prepared.left_out == []
+    assert prepared.dataset.to_list() == [
+        {
+            "id": "one",
+            "source": path,
+            "record": 1,
+            "turns": [
+                {"role": "user", "text": "<image>\nWhat?", "trained": False},
+                {"role": "assistant", "text": "A cat.", "trained": True},
+            ],
+            "image_files": [str(tmp_path / "a.png")],
+            "video_file": None,
+            "frame_files": [],
+            "length": 9,
+            "trained_tokens": 2,
+        }
+    ]
+
+
+def test_rows_keep_the_order_of_the_files_and_records(write, prepare):
+    first = write("1.jsonl", "\n".join(json.dumps(record(f"a{i}")) for i in range(40)))
+    second = write("2.json", [record(f"b{i}") for i in range(3)])
+    expected = [*(f"b{i}" for i in range(3)), *(f"a{i}" for i in range(40))]
+    assert ids(prepare(second, first)) == expected
+
+
+BAD = {
+    "record": (record("two", answer=""), "conversations[1].value", "answer without text."),
+    "file": (record("two", "<image>", image="no.png"), "image", "no.png is gone."),
+    "fit": (record("two", "Why tremble?"), "conversations", "has a rattle."),
+}
+
+
+@pytest.mark.parametrize(("bad", "place", "what"), BAD.values(), ids=BAD)
+def test_first_bad_record_stops_the_preparation(write, prepare, cache, bad, place, what):
+    path = write("d.json", [record("one"), bad, {**bad, "id": "three"}])
+    with pytest.raises(DataError) as error:
+        prepare(path)
+    assert error.value.where == f'{path}, record 2 (id "two"), {place}'
+    assert error.value.what == what
+    assert not cache.exists()
+
+
+def test_broken_line_stops_the_preparation(write, prepare):
+    path = write("d.jsonl", f'{json.dumps(record("one"))}\n{{"id" 2}}')
+    with pytest.raises(DataError) as error:
+        prepare(path)
+    assert error.value.where == f"{path}, line 2, column 7"
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_unreadable_file_stops_the_preparation_even_if_bad_records_are_skipped(
+    write, prepare, skip_bad
+):
+    path = write("d.json", '[{"id": 1}')
+    with pytest.raises(DataError, match=r"line 1, column 11:\n  broken JSON"):
+        prepare(path, skip_bad=skip_bad)
+
+
+@pytest.mark.parametrize(("bad", "place", "what"), BAD.values(), ids=BAD)
+def test_bad_record_is_skipped_and_listed(write, prepare, bad, place, what):
+    path = write("d.json", [record("one"), bad, record("three")])
+    prepared = prepare(path, skip_bad=True)
+    assert ids(prepared) == ["one", "three"]
+    [entry] = prepared.left_out
+    assert entry.pop("fix") in ("write the answer, or remove the turn.", "find it.", "mend it.")
+    assert entry == {
+        "file": path,
+        "record": 2,
+        "id": "two",
+        "where": f'{path}, record 2 (id "two"), {place}',
+        "what": what,
+    }
+
+
+def test_broken_line_is_skipped_and_listed_under_its_position(write, prepare):
+    lines = [json.dumps(record("one")), "", '{"id" 2}', json.dumps(record("three"))]
+    path = write("d.jsonl", "\n".join(lines))
+    prepared = prepare(path, skip_bad=True)
+    assert ids(prepared) == ["one", "three"]
+    assert list(prepared.dataset["record"]) == [1, 3]
+    assert prepared.left_out == [
+        {
+            "file": path,
+            "record": 2,
+            "id": 2,
+            "where": f"{path}, line 3, column 7",
+            "what": "broken JSON: Expecting ':' delimiter.",
+            "fix": "mend that line, or write the file with a JSON library.",
+        }
+    ]
+
+
+def test_every_bad_record_of_every_file_is_listed(write, prepare):
+    first = write("1.json", [record("a"), record("b", answer=" "), 5, record("c")])
+    second = write("2.json", [record("d", "Why tremble?"), record("e", "<image>", image="no.png")])
+    prepared = prepare(first, second, skip_bad=True)
+    assert ids(prepared) == ["a", "c"]
+    assert [(e["file"], e["record"], e["id"]) for e in prepared.left_out] == [
+        (first, 2, "b"),
+        (first, 3, 3),
+        (second, 1, "d"),
+        (second, 2, "e"),
+    ]
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_sample_with_nothing_to_learn_is_left_out_and_listed(write, prepare, skip_bad):
+    path = write("d.json", [record("one", "Please cut it off."), record("two")])
+    prepared = prepare(path, skip_bad=skip_bad)
+    assert ids(prepared) == ["two"]
+    assert prepared.left_out == [
+        {
+            "file": path,
+            "record": 1,
+            "id": "one",
+            "where": f'{path}, record 1 (id "one"), conversations',
+            "what": "no token to learn from is left after the cut to 6 tokens.",
+            "fix": "raise multimodal_max_length or text_max_length, or lower the pixel limits.",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "what"),
+    [
+        ([], "no sample is left to learn from; 0 were left out."),
+        (
+            [record("one", answer=""), record("two", "Now cut.")],
+            "no sample is left to learn from; 2 were left out, the first because: "
+            "answer without text.",
+        ),
+    ],
+)
+def test_nothing_left_is_refused_each_time(write, prepare, cache, records, what):
+    path, other = write("d.json", records), write("e.json", [])
+    for _ in range(2):
+        with pytest.raises(DataError) as error:
+            prepare(path, other, skip_bad=True)
+        assert (error.value.where, error.value.what) == (f"{path}, {other}", what)
+    assert not cache.exists()
+
+
+def test_result_is_reused_with_its_ledger(write, prepare, checks, tmp_path):
+    write("a.png", "12345")
+    image = record("two", "<image>", image="a.png")
+    path = write("d.json", [record("one"), image, record("3", answer=""), record("4", "Cut? cut")])
+    first = prepare(path, folder=str(tmp_path), skip_bad=True)
+    assert sorted(checks.checked) == ["4", "one", "two"]
+    again = prepare(path, folder=str(tmp_path), skip_bad=True)
+    assert sorted(checks.checked) == ["4", "one", "two"]
+    assert again.dataset.to_list() == first.dataset.to_list()
+    assert [entry["id"] for entry in again.left_out] == ["3", "4"]
+    assert again.left_out == first.left_out
+
+
+def append_record(path: str, image: Path) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(record("three")))
+
+
+def append_space(path: str, image: Path) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(" ")
+
+
+def touch_image(path: str, image: Path) -> None:
+    stat = image.stat()
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+
+
+def grow_image(path: str, image: Path) -> None:
+    stat = image.stat()
+    image.write_text("123456", "utf-8")
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def remove_image(path: str, image: Path) -> None:
+    image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (append_record, {"one": 3, "two": 8, "three": 5}),
+        (append_space, {"one": 3, "two": 8}),
+        (touch_image, {"one": 3, "two": 8}),
+        (grow_image, {"one": 3, "two": 9}),
+        (remove_image, {"one": 3}),
+    ],
+)
+def test_result_is_made_again_when_a_file_changed(
+    write, prepare, checks, tmp_path, change, expected
+):
+    image = Path(write("a.png", "12345"))
+    lines = [record("one", "So?"), record("two", "<image>", image="a.png")]
+    path = write("d.jsonl", "\n".join(map(json.dumps, lines)))
+    prepare(path, folder=str(tmp_path), skip_bad=True)
+    checks.checked.clear()
+    change(path, image)
+    prepared = prepare(path, folder=str(tmp_path), skip_bad=True)
+    assert len(checks.checked) >= 2
+    assert dict(zip(ids(prepared), prepared.dataset["length"], strict=True)) == expected
+
+
+@pytest.mark.parametrize(
+    "change", [{"by": "other limits"}, {"folder": "elsewhere"}, {"skip_bad": True}]
+)
+def test_result_is_made_again_when_the_settings_changed(write, prepare, checks, change):
+    path = write("d.json", [record("one")])
+    prepare(path)
+    prepare(path, **change)
+    assert checks.checked == ["one", "one"]
+    prepare(path)
+    assert checks.checked == ["one", "one"]
+
+
+def test_same_content_under_another_name_is_made_again_to_name_that_file(write, prepare):
+    first, second = (write(name, [record("one")]) for name in ("1.json", "2.json"))
+    assert list(prepare(first).dataset["source"]) == [first]
+    assert list(prepare(second).dataset["source"]) == [second]
+
+
+def test_finished_result_leaves_no_partial_folder(write, prepare, cache):
+    prepare(write("d.json", [record("one")]))
+    [folder] = cache.iterdir()
+    assert not folder.name.startswith(".")
+    assert json.loads((folder / "left_out.json").read_text("utf-8")) == []
+
+
+def test_half_written_result_is_never_used(write, prepare, checks, cache):
+    path = write("d.json", [record("one")])
+    prepare(path)
+    [folder] = cache.iterdir()
+    (folder / "left_out.json").unlink()  # written last
+    folder.rename(cache / ".partial-killed")
+    again = prepare(path)
+    assert checks.checked == ["one", "one"]
+    assert (ids(again), again.left_out) == (["one"], [])
+    assert {f.name for f in cache.iterdir()} == {".partial-killed", folder.name}
+
+
+def test_process_that_comes_second_takes_the_result_of_the_first(write, prepare, checks, cache):
+    path = write("d.json", [record("one")])
+    alone = checks.check_files
+
+    def overtaken(conversation: Conversation) -> list[int]:
+        checks.check_files = alone
+        prepare(path)  # the other process, from start to end
+        return alone(conversation)
+
+    checks.check_files = overtaken
+    assert ids(prepare(path)) == ["one"]
+    assert checks.checked == ["one", "one"]
+    [folder] = cache.iterdir()
+    assert not folder.name.startswith(".")

@@ -1,0 +1,123 @@
+"""Video files, written here with PyAV: their size, their frames, and damaged ones."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vlmtune.core.errors import DataError
+from vlmtune.data.images import check_video, read_video
+
+WHERE = 'train.json, record 17 (id "coco_0123"), video'
+LEVELS = [20, 60, 100, 140, 180, 220]
+
+
+@pytest.fixture
+def av():
+    return pytest.importorskip("av")
+
+
+@pytest.fixture
+def video(av, tmp_path):
+    """`video(name)` is a video of 48x32 with one grey frame for each of LEVELS."""
+
+    def write(name: str = "a.mp4") -> str:
+        path = str(tmp_path / name)
+        with av.open(path, "w") as container:
+            stream = container.add_stream("mpeg4", rate=5)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for level in LEVELS:
+                pixels = np.full((32, 48, 3), level, dtype=np.uint8)
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+def error_of(call) -> DataError:
+    with pytest.raises(DataError) as error:
+        call()
+    assert error.value.where == WHERE
+    return error.value
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+def test_check_counts_the_frames_and_tells_height_and_width(video, name):
+    assert check_video(video(name), WHERE) == (6, 32, 48)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
+@pytest.mark.parametrize(
+    "indices", [[0], [5], [0, 1, 2, 3, 4, 5], [1, 4], [0, 0, 3, 5, 5], [4, 0, 2], []]
+)
+def test_frames_come_in_the_order_asked_for(video, name, indices):
+    frames = read_video(video(name), WHERE, indices)
+    assert [frame.size for frame in frames] == [(48, 32)] * len(indices)
+    # The codec is lossy; the levels are 40 apart.
+    means = [float(np.asarray(frame).mean()) for frame in frames]
+    assert means == pytest.approx([LEVELS[i] for i in indices], abs=5)
+
+
+def test_reading_behind_the_end_is_refused(video):
+    path = video()
+    error = error_of(lambda: read_video(path, WHERE, [2, 8, 6]))
+    assert error.what == f"{path} ends before frame 6."
+    assert error.fix == "replace or remove it."
+
+
+@pytest.mark.parametrize("read", [check_video, lambda path, at: read_video(path, at, [0])])
+class TestRefused:
+    def test_missing(self, av, tmp_path, read):
+        path = str(tmp_path / "a.mp4")
+        error = error_of(lambda: read(path, WHERE))
+        assert error.what.startswith(f"{path} cannot be opened: ")
+        assert error.fix == "check the path and file."
+
+    def test_not_a_video(self, av, tmp_path, read):
+        path = tmp_path / "a.mp4"
+        path.write_bytes(bytes(range(256)) * 8)
+        assert error_of(lambda: read(str(path), WHERE)).what.startswith(f"{path} cannot be opened:")
+
+    @pytest.mark.parametrize("left", [0, 200, 500])
+    def test_cut_in_its_index(self, video, read, left):
+        path = video("a.mp4")
+        os.truncate(path, left)
+        error = error_of(lambda: read(path, WHERE))
+        assert error.what.startswith(f"{path} ")
+        assert error.fix in ("check the path and file.", "replace or remove it.")
+
+    def test_sound_alone(self, av, tmp_path, read):
+        path = str(tmp_path / "a.wav")
+        with av.open(path, "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+            silence = av.AudioFrame.from_ndarray(
+                np.zeros((1, 80), dtype=np.int16), format="s16", layout="mono"
+            )
+            silence.sample_rate = 8000
+            container.mux(stream.encode(silence))
+            container.mux(stream.encode())
+        assert error_of(lambda: read(path, WHERE)).what == f"{path} has no video stream."
+
+    def test_without_pyav(self, tmp_path, monkeypatch, read):
+        monkeypatch.setitem(sys.modules, "av", None)
+        error = error_of(lambda: read("a.mp4", WHERE))
+        assert error.what == (
+            "a.mp4 is a video file, and PyAV, which decodes it, is not installed."
+        )
+        assert error.fix == 'run: pip install "vlmtune[video]", or give "video_frames".'
+
+
+def test_shortened_video_counts_the_frames_left(video):
+    path = video("a.avi")
+    content = Path(path).read_bytes()
+    frames = [found.start() for found in re.finditer(b"00dc", content)]
+    fourth = [start for start in frames if start > content.index(b"movi")][3]
+    os.truncate(path, fourth)
+    assert check_video(path, WHERE) == (3, 32, 48)
+    assert len(read_video(path, WHERE, [0, 1, 2])) == 3
+    assert error_of(lambda: read_video(path, WHERE, [0, 3])).what == f"{path} ends before frame 3."

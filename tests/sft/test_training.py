@@ -1,0 +1,237 @@
+"""Real runs of scripts/train_launch.sh on a tiny model and the sample data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from vlmtune.models import Ovis2_5, Ovis2_5Processor
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+COMPLETE = {
+    "config.json",
+    "model.safetensors",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "README.md",
+    "vlmtune_run.json",
+    "trainer_state.json",
+    "log.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(launch):
+    done, folder = launch(name="one", max_steps=8)
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_one_process_learns_and_leaves_a_complete_folder(one_process, tiny_ovis, losses):
+    done, folder = one_process
+    values = losses(folder)
+    assert len(values) == 8
+    assert values[-1] < 0.9 * values[0]
+    assert COMPLETE - {f.name for f in folder.iterdir()} == set()
+    assert not (folder / ".partial").exists()
+    assert "8 = 44 per epoch, 0.18 epochs" in done.stderr
+    assert "16 = 16 per device x 1 accumulation x 1 processes" in done.stderr
+    assert "700 train, 0 eval" in done.stderr
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_ovis, folder))
+    assert before.keys() == after.keys()
+    unmoved = {name for name in before if torch.equal(before[name], after[name])}
+    assert unmoved == {
+        f"visual_tokenizer.vit.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")
+    }
+
+
+def test_saved_folder_loads_offline_in_a_fresh_process_with_the_trained_weights(one_process):
+    _, folder = one_process
+    code = (
+        "import sys, torch, vlmtune.models\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "ids = processor(text='Which digit comes after 4?')['input_ids']\n"
+        "print(model(ids).logits.double().sum().item(), 'trl' in sys.modules)\n"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd="/",
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    expected = _logit_sum(folder)
+    assert float(found[0]) == pytest.approx(expected, abs=1e-3)
+    assert found[1] == "False"
+
+
+def _logit_sum(folder: Path) -> float:
+    """The same sum from the checkpoint's tensors put into a model made from its config alone."""
+    config = AutoConfig.from_pretrained(folder)
+    model = Ovis2_5(config)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    model.tie_weights()
+    ids = Ovis2_5Processor.from_pretrained(folder)(text="Which digit comes after 4?")["input_ids"]
+    return model(ids).logits.double().sum().item()
+
+
+def test_two_processes_give_the_losses_of_one(one_process, launch, losses):
+    done, folder = launch(2, name="two", max_steps=8, per_device_train_batch_size=8)
+    assert done.returncode == 0, done.stderr
+    assert "16 = 8 per device x 1 accumulation x 2 processes" in done.stderr
+    assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
+
+
+def test_standard_trainer_gives_the_losses_of_trl(one_process, launch, losses):
+    done, folder = launch(1, "standard", name="standard", max_steps=8)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["trl", "standard"])
+def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(mode, launch, losses, tmp_path):
+    records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
+    with_image = [r for r in records if "image" in r][:8]
+    text_only = [r for r in records if "image" not in r][:8]
+    mixed = [r for pair in zip(with_image, text_only, strict=True) for r in pair]
+    data = tmp_path / "mixed.json"
+    data.write_text(json.dumps(mixed), "utf-8")
+    keys = {"data_path": data, "max_steps": 6, "dataloader_shuffle": "false"}
+    one, alone = launch(1, mode, name="alone", per_device_train_batch_size=2, **keys)
+    two, split = launch(2, mode, name="split", per_device_train_batch_size=1, **keys)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    # Sequential rows alternate, so rank 0 sees images only and rank 1 text only.
+    assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_frozen_parts_do_not_move(launch, tiny_ovis):
+    done, folder = launch(max_steps=2, freeze_llm="true", freeze_vision_tower="true", name="frozen")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_ovis, folder))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        "vte.weight",
+        "visual_tokenizer.head.0.weight",
+        "visual_tokenizer.head.1.weight",
+        "visual_tokenizer.head.1.bias",
+    }
+
+
+def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, losses, tmp_path):
+    done, folder = launch(
+        name="legacy",
+        model_path=None,
+        ovis_pretrained_path=tiny_ovis,
+        visual_vocab_size=65536,
+        data_name="digits",
+        data_type="conversation",
+        eval_data_path="sample_data/eval.json",
+        max_seq_length=512,
+        torch_dtype="float32",
+        attn_implementation="flash_attention_2",
+        stage=3,
+        do_train="true",
+        do_eval="true",
+        evaluation_strategy="steps",
+        eval_steps=0.5,
+        save_strategy="steps",
+        save_steps=0.5,
+        dataloader_shuffle="true",
+        max_steps=4,
+        multimodal_max_length=512,
+        text_max_length=512,
+        gradient_checkpointing="true",
+        tf32="true",
+    )
+    # The preset names model_path too; the two agree in nothing but meaning.
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "note: visual_vocab_size has no effect",
+        "note: data_name has no effect",
+        "note: stage has no effect",
+        "note: evaluation_strategy is read as eval_strategy",
+        "note: attn_implementation is sdpa",
+        "note: tf32 has no effect on CPU",
+    ):
+        assert line in done.stderr
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "eval_loss" in e] == [2, 4, 4]
+    assert sorted(f.name for f in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    run = json.loads((folder / "vlmtune_run.json").read_text("utf-8"))
+    assert run["config"]["eval_steps"] == 0.5
+    assert run["versions"]["transformers"]
+
+
+def test_bad_samples_are_skipped_and_listed_with_their_reason(launch, tmp_path):
+    records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))[:40]
+    with_image = [r for r in records if isinstance(r.get("image"), str)]
+    with_image[0]["image"] = "absent.png"
+    with_image[1]["conversations"][1]["value"] = " "
+    data = tmp_path / "bad.json"
+    data.write_text(json.dumps(records), "utf-8")
+    done, folder = launch(max_steps=1, data_path=data, on_bad_sample="skip")
+    assert done.returncode == 0, done.stderr
+    assert "38 train, 0 eval, 2 left out (bad_samples.jsonl)" in done.stderr
+    ledger = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(e["id"], e["what"]) for e in ledger} == {
+        (with_image[0]["id"], "sample_data/images/absent.png does not exist."),
+        (with_image[1]["id"], "answer without text."),
+    }
+    assert all(e["file"] == str(data) and e["record"] and e["fix"] for e in ledger)
+
+
+def test_a_save_killed_on_the_way_leaves_no_folder_that_looks_finished(tiny_ovis, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "replace, moved = Path.replace, []\n"
+        "def dying(self, target):\n"
+        "    moved.append(target)\n"
+        "    if len(moved) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return replace(self, target)\n"
+        "Path.replace = dying\n"
+        "from vlmtune.cli.main import main\n"
+        "main(['train', 'configs/presets/quickstart.json', *sys.argv[1:]])\n"
+    )
+    folder = tmp_path / "killed"
+    words = ["--model_path", tiny_ovis, "--output_dir", folder, "--max_steps", "1"]
+    words += ["--report_to", "none", "--eval_data_path", "[]"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (folder / "config.json").exists()
+
+
+def test_zero_1_and_3_give_the_losses_and_files_of_one_process(one_process, launch, losses):
+    names = load_file(one_process[1] / "model.safetensors").keys()
+    for stage in (1, 3):
+        done, folder = launch(
+            2,
+            name=f"zero{stage}",
+            max_steps=8,
+            per_device_train_batch_size=8,
+            deepspeed=f"configs/zero/zero{stage}.json",
+        )
+        assert done.returncode == 0, done.stderr
+        assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
+        assert load_file(folder / "model.safetensors").keys() == names
