@@ -13,13 +13,16 @@ AutoConfig.register("ovis", OvisConfig)
 AutoModelForImageTextToText.register(Ovis2_5Config, Ovis2_5)
 AutoProcessor.register(Ovis2_5Config, Ovis2_5Processor)
 
+HUB_KEYS = frozenset(
+    ["revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies"]
+)
 _processor_by_files = AutoProcessor.from_pretrained
 
 
 def _processor_by_model_type(pretrained_model_name_or_path, **kwargs):
     # Published Ovis2.5 folders name SiglipProcessor in preprocessor_config.json, and AutoProcessor
     # believes that file before the model type.
-    hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")}
+    hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
     try:
         settings, _ = Ovis2_5Config.get_config_dict(pretrained_model_name_or_path, **hub)
     except OSError:

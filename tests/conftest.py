@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prepared data of the runs that tests start.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vlmtune-datasets-")
 
 import pytest
 

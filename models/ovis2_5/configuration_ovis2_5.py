@@ -18,8 +18,8 @@ NUM_INDICATORS = 4
 class Siglip2NavitConfig(PreTrainedConfig):
     """NaViT-style SigLIP2 vision encoder (`vit_config`).
 
-    `fullatt_block_indexes` is None (every layer attends to its whole image, as published) or a
-    string such as `"7|15|23"`: those layers attend fully, the others within windows of
+    `fullatt_block_indexes` is None (every layer attends to its whole image, as published), or a
+    string such as `"7|15|23"` or a list: those layers attend fully, the others within windows of
     `window_size` pixels.
 
     Source: config.json of AIDC-AI/Ovis2.5-9B; defaults of AIDC-AI/Ovis 2.5.0.
@@ -41,7 +41,7 @@ class Siglip2NavitConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     hidden_stride: int = 2
     window_size: int = 112
-    fullatt_block_indexes: str | None = None
+    fullatt_block_indexes: str | list[int] | None = None
     temporal_patch_size: int = 1
     preserve_original_pe: bool = True
     use_rope: bool = True
@@ -58,9 +58,10 @@ class Siglip2NavitConfig(PreTrainedConfig):
 
     @property
     def full_attention_layers(self) -> frozenset[int]:
-        if self.fullatt_block_indexes is None:
+        indexes = self.fullatt_block_indexes
+        if indexes is None:
             return frozenset(range(self.num_hidden_layers))
-        return frozenset(int(index) for index in self.fullatt_block_indexes.split("|"))
+        return frozenset(map(int, indexes.split("|") if isinstance(indexes, str) else indexes))
 
     @property
     def window_cells(self) -> int:
@@ -129,12 +130,16 @@ class Ovis2_5Config(PreTrainedConfig):
         source = getattr(self, "_source", {})
         output = _published(self, super().to_diff_dict(), source)
         for key in ("llm_config", "vit_config"):
-            sub: PreTrainedConfig = getattr(self, key)
-            output[key] = _published(sub, sub.to_diff_dict(), source.get(key) or {})
+            sub, given = getattr(self, key), source.get(key) or {}
+            output[key] = _published(sub, sub.to_diff_dict(), given)
             output[key].pop("transformers_version", None)
+            # The published parts say float32 although the weights are bfloat16: left as it is.
+            output[key].pop("torch_dtype", None)
+            if "torch_dtype" in given:
+                output[key]["torch_dtype"] = given["torch_dtype"]
         for key in ("vocab_size", "num_attention_heads", "max_position_embeddings"):
             if key in output:
-                output[key] = output["llm_config"][key]
+                output[key] = getattr(self.llm_config, key)
         return {**output, "architectures": ["Ovis2_5"], "model_type": self.model_type}
 
 

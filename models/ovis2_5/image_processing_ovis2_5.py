@@ -121,14 +121,18 @@ class Ovis2_5ImageProcessor(ImageProcessingMixin):
         t, h, w = self.grid(
             frames[0].height, frames[0].width, min_pixels, max_pixels, frames=len(frames)
         )
-        images = [
-            frame.convert("RGB").resize((w * p, h * p), resample=self.resample) for frame in frames
-        ]
+        images = [self._resized(frame.convert("RGB"), w * p, h * p) for frame in frames]
         images += [images[-1]] * (t * tau - len(images))
         pixels = np.stack([np.asarray(image) for image in images])
         pixels = pixels.reshape(t, tau, h // s, s, p, w // s, s, p, 3)
         pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, tau * p * p)
         return self._normalised()[np.arange(3)[:, None], pixels].reshape(t * h * w, -1), (t, h, w)
+
+    def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        # Two passes, across first: Pillow 13 may go down first where that is cheaper, and rounds
+        # differently from the Pillow 11 of the reference.
+        across = image.resize((width, image.height), resample=self.resample)
+        return across.resize((width, height), resample=self.resample)
 
     def _normalised(self) -> np.ndarray:
         """Normalised value of each byte per channel, `[3, 256]`, in the reference's arithmetic:

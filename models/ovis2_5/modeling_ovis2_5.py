@@ -15,6 +15,7 @@ from ...core.errors import ModelError
 from .configuration_ovis2_5 import (
     IMAGE_BEGIN_ID,
     NUM_INDICATORS,
+    VIDEO_BEGIN_ID,
     VIDEO_END_ID,
     VISUAL_ATOM_ID,
     Ovis2_5Config,
@@ -113,7 +114,11 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn, recurse=True):
         # A cast of the model (`.half()`, DeepSpeed's bf16) must not round the RoPE frequencies.
-        kept = {name: b for name, b in self.named_buffers() if name.endswith("inv_freq")}
+        kept = {
+            name: b
+            for name, b in self.named_buffers()
+            if name.endswith("inv_freq") and not b.is_meta
+        }
         super()._apply(fn, recurse)
         for name, frequencies in kept.items():
             owner, _, leaf = name.rpartition(".")
@@ -135,8 +140,8 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids.clamp(min=0))
         atoms = input_ids == VISUAL_ATOM_ID
         grids = [] if grid_thws is None else grid_thws.tolist()
-        self._check_images(input_ids, atoms, grids)
-        if pixel_values is not None and grids:
+        self._check_images(input_ids, atoms, pixel_values, grids)
+        if pixel_values is not None:
             visual = self.embed_images(pixel_values, [(t, h, w) for t, h, w in grids])
             rows = IMAGE_BEGIN_ID - input_ids
             indicators = self._indicator_rows(embeds)[rows.clamp(0, NUM_INDICATORS - 1)]
@@ -152,24 +157,34 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         rows = torch.arange(last - NUM_INDICATORS, last, device=like.device)
         return self.vte(rows).to(like.dtype)
 
-    def _check_images(self, input_ids: Tensor, atoms: Tensor, grids: Sequence[Sequence[int]]):
-        stride = self.config.vit_config.hidden_stride
-        tokens = sum(t * h * w for t, h, w in grids) // stride**2
-        found = int(atoms.sum())
+    def _check_images(
+        self,
+        input_ids: Tensor,
+        atoms: Tensor,
+        pixel_values: Tensor | None,
+        grids: Sequence[Sequence[int]],
+    ) -> None:
+        patches = sum(t * h * w for t, h, w in grids)
+        tokens = patches // self.config.vit_config.hidden_stride**2
+        rows = 0 if pixel_values is None else len(pixel_values)
+        begins = (input_ids == IMAGE_BEGIN_ID) | (input_ids == VIDEO_BEGIN_ID)
         unknown = (input_ids < 0) & ((input_ids > VISUAL_ATOM_ID) | (input_ids < VIDEO_END_ID))
-        if found != tokens or bool(unknown.any()):
-            per_row = atoms.sum(dim=-1).tolist()
-            raise ModelError(
-                "Ovis2_5.forward",
-                f"input_ids hold {found} visual tokens (by row {per_row}), the grids of "
-                f"{len(grids)} images {tokens}"
-                + (
-                    f", and ids {sorted(set(input_ids[unknown].tolist()))}."
-                    if unknown.any()
-                    else "."
-                ),
-                "expand each placeholder with the processor and pass that image's pixels with it.",
-            )
+        found = torch.stack([atoms.sum(), begins.sum(), unknown.sum()]).tolist()
+        if found == [tokens, len(grids), 0] and rows == patches:
+            return
+        what = [
+            f"input_ids hold {found[0]} visual tokens (by row {atoms.sum(dim=-1).tolist()}) of "
+            f"{found[1]} images, the grids of {len(grids)} images {tokens}."
+        ]
+        if rows != patches:
+            what.append(f"pixel_values have {rows} rows, the grids {patches} patches.")
+        if found[2]:
+            what.append(f"input_ids hold {sorted(set(input_ids[unknown].tolist()))}.")
+        raise ModelError(
+            "Ovis2_5.forward",
+            " ".join(what),
+            "expand each placeholder with the processor and pass that image's pixels with it.",
+        )
 
     def _vision_must_run(self) -> bool:
         """Whether a batch without images must still touch every vision parameter: the other ranks
@@ -230,7 +245,11 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         logits = self.get_output_embeddings()(outputs.last_hidden_state)
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @torch.no_grad()

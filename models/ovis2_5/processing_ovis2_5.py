@@ -1,7 +1,7 @@
 """Processor of Ovis2.5: how its conversations are written and its images become tokens."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,21 +139,23 @@ class Ovis2_5Processor(ProcessorMixin):
             ModelError: the marks do not match the media, or both kinds are given.
         """
         texts = [text] if isinstance(text, str) else list(text or ())
-        images = [images] if isinstance(images, Image.Image) else list(images or ())
-        if images and videos:
+        stills = list(_flat(images))
+        clips = [list(frames) for frames in videos or ()]
+        for mark, given in (("<image>", stills), ("<video>", clips)):
+            marks = sum(t.count(mark) for t in texts)
+            if marks != len(given):
+                raise ModelError(
+                    "Ovis2_5Processor",
+                    f"the text has {marks} {mark}, but {len(given)} were passed.",
+                    f"write one {mark} for each, in order.",
+                )
+        if stills and clips:
             raise ModelError("Ovis2_5Processor", "got images and videos.", "pass one kind.")
-        mark = "<video>" if videos else "<image>"
-        media = [list(frames) for frames in videos] if videos else [[image] for image in images]
-        marks = sum(t.count(mark) for t in texts)
-        if marks != len(media):
-            raise ModelError(
-                "Ovis2_5Processor",
-                f"the text has {marks} {mark}, but {len(media)} were passed.",
-                f"write one {mark} for each, in order.",
-            )
+        mark = "<video>" if clips else "<image>"
+        media = clips or [[image] for image in stills]
         pieces = [self.image_processor.patches(frames, min_pixels, max_pixels) for frames in media]
         blocks = iter(
-            self.visual_ids(self.image_processor.visual_tokens(grid), video=bool(videos))
+            self.visual_ids(self.image_processor.visual_tokens(grid), video=bool(clips))
             for _, grid in pieces
         )
         rows = []
@@ -180,6 +182,15 @@ class Ovis2_5Processor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "grid_thws"]
+
+
+def _flat(images: Any) -> Iterator[Image.Image]:
+    """Images of one, a list, or the list per text that `apply_chat_template` passes."""
+    if isinstance(images, Image.Image):
+        yield images
+    else:
+        for image in images or ():
+            yield from _flat(image)
 
 
 CHAT_TEMPLATE = """\

@@ -112,5 +112,7 @@ def test_generation_without_ids_is_refused(model):
 
 
 def test_prompt_whose_pixels_are_missing_is_refused(model):
-    with pytest.raises(ModelError, match=r"hold 28 visual tokens .* the grids of 0 images 0"):
+    with pytest.raises(
+        ModelError, match=r"hold 28 visual tokens .* images, the grids of 0 images 0"
+    ):
         model.generate(torch.tensor([CALLS["no_thinking-0"]["input_ids"]]), max_new_tokens=1)

@@ -149,17 +149,17 @@ def test_loss_counts_each_label_at_the_position_before_it(labels, items, expecte
         pytest.param({"pixel_values": lambda pixels: pixels[:-4]}, ["216", "220"], id="rows-short"),
         pytest.param(
             {"input_ids": lambda ids: ids.masked_fill(ids == -301, -200)},
-            ["and ids [-200]."],
+            ["hold [-200]."],
             id="image-placeholder",
         ),
         pytest.param(
             {"input_ids": lambda ids: ids.masked_fill(ids == -301, -201)},
-            ["and ids [-201]."],
+            ["hold [-201]."],
             id="video-placeholder",
         ),
         pytest.param(
             {"input_ids": lambda ids: ids.masked_fill(ids == -301, -305)},
-            ["and ids [-305]."],
+            ["hold [-305]."],
             id="unknown-id",
         ),
         pytest.param({"input_ids": None}, ["neither input_ids nor inputs_embeds"], id="no-ids"),
@@ -179,5 +179,5 @@ def test_ids_and_pixels_that_disagree_are_refused_with_their_counts(golden, chan
 
 
 def test_placeholder_left_in_text_is_refused(golden):
-    with pytest.raises(ModelError, match=r"hold 0 visual tokens .*, and ids \[-200\]\."):
+    with pytest.raises(ModelError, match=r"hold 0 visual tokens .* input_ids hold \[-200\]\."):
         golden().model()(input_ids=torch.tensor([[5, -200, 7]]))
