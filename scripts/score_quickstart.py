@@ -56,18 +56,19 @@ def main() -> int:
         if not conversation.id.startswith("eval-digit"):
             continue
         said = answer(model, processor, conversation, arguments.pixels)
-        right = conversation.turns[-1].text
-        image = conversation.images[0]
-        rows.append({"image": image, "expected": right, "said": said, "correct": said == right})
+        expected = conversation.turns[-1].text
+        row = {"image": conversation.images[0], "expected": expected, "said": said}
+        rows.append({**row, "correct": said == expected})
 
     correct = sum(row["correct"] for row in rows)
     score = {"exact_match": correct / len(rows), "questions": len(rows), "chance": CHANCE}
     (arguments.model / "predictions.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     (arguments.model / "score.json").write_text(json.dumps(score) + "\n", "utf-8")
 
-    shown = sorted(rows, key=lambda row: row["correct"])[:3] + rows[:5]
+    right = [row for row in rows if row["correct"]]
+    wrong = [row for row in rows if not row["correct"]]
     print(f"\n{'image':40} {'expected':>8} {'said':>6}")
-    for row in shown:
+    for row in right[:5] + wrong[:3]:
         mark = "" if row["correct"] else "  wrong"
         print(f"{row['image']:40} {row['expected']:>8} {row['said']:>6}{mark}")
     print(f"\nexact match on held-out digits: {correct}/{len(rows)} = {score['exact_match']:.2f}")

@@ -1,4 +1,7 @@
-"""The processor of the golden model cases, and one whose tokenizer fuses newlines."""
+"""The processor of the golden model cases, one whose tokenizer fuses newlines, and encoders."""
+
+import json
+from dataclasses import fields
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -7,6 +10,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from vlmtune.collators.sample import SampleEncoder
+from vlmtune.data.images import PixelLimits
 from vlmtune.models import Ovis2_5Processor
 from vlmtune.models.ovis2_5.image_processing_ovis2_5 import Ovis2_5ImageProcessor
 
@@ -35,3 +40,16 @@ def fusing_processor(processor) -> Ovis2_5Processor:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>")
     assert len(tokenizer("\n\n\n")["input_ids"]) == 1
     return Ovis2_5Processor(processor.image_processor, tokenizer)
+
+
+@pytest.fixture
+def make_encoder(processor, ovis_goldens):
+    """`make_encoder(case, key=value)` encodes with the arguments of a golden case, so changed."""
+
+    def make(case: str = "full_multi_tied", **changes) -> SampleEncoder:
+        given = json.loads((ovis_goldens / case / "samples.json").read_text("utf-8"))
+        arguments = {**given["training_args"], **changes}
+        limits = PixelLimits(**{f.name: arguments.pop(f.name) for f in fields(PixelLimits)})
+        return SampleEncoder(processor, limits, **arguments)
+
+    return make
