@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 
@@ -57,12 +57,20 @@ def run(config: RunConfig) -> None:
             save_finished(trainer, config)
             say(f"Saved the model to {folder.resolve()}")
         if evaluation:
-            metrics = trainer.evaluate()
-            say(f"Evaluation: loss {metrics['eval_loss']:.4f}")
+            say(f"Evaluation: loss {final_loss(trainer):.4f}")
     finally:
         # Without this some DeepSpeed runs abort at interpreter exit.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def final_loss(trainer: Trainer) -> float:
+    """Evaluation loss of the model as saved, computed unless the last step was just evaluated."""
+    state = trainer.state
+    for entry in reversed(state.log_history if not trainer.args.load_best_model_at_end else []):
+        if "eval_loss" in entry and entry["step"] == state.global_step:
+            return entry["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def training_arguments(config: RunConfig) -> SFTConfig:

@@ -25,17 +25,16 @@ def test_every_package_is_listed():
 
 def test_constraints_pin_every_dependency_within_its_bounds():
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    pins = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
-        if line and not line.startswith("#")
-    )
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): pinned for name, pinned in pairs}
     extras = project["optional-dependencies"].values()
     for text in [*project["dependencies"], *(r for extra in extras for r in extra)]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name]), text
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
 @pytest.mark.slow

@@ -220,7 +220,6 @@ def test_image_count_error_reads_as_documented():
 def test_marks_that_do_not_match_the_files_are_refused(said, media, place, what):
     error = error_of(record(said, **media))
     assert (error.where, error.what) == (f"{AT}, {place}", what)
-    assert error.fix.endswith("for each placeholder, or remove the surplus.")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +252,14 @@ def test_two_videos_are_refused():
 def test_media_of_a_wrong_type_are_refused(key, value, what):
     error = error_of(record(PLAIN, **{key: value}))
     assert (error.where, error.what) == (f"{AT}, {key}", what)
+    assert error.fix == "write a path, or a list of paths."
+
+
+@pytest.mark.parametrize("value", ["", [""], [None], ["a.png", 5], [["a.png"]]])
+@pytest.mark.parametrize("key", ["image", "video", "video_frames"])
+def test_lists_of_anything_but_paths_are_refused(key, value):
+    error = error_of(record(PLAIN, **{key: value}))
+    assert error.where == f"{AT}, {key}"
     assert error.fix == "write a path, or a list of paths."
 
 

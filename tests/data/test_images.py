@@ -5,6 +5,7 @@ import struct
 import warnings
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,8 +16,9 @@ WHERE = 'train.json, record 17 (id "coco_0123"), image'
 
 
 def picture(mode: str = "RGB", width: int = 33, height: int = 47) -> Image.Image:
-    """Noise that no format can make small, so that a cut falls into pixels."""
-    return Image.effect_noise((width, height), 90).convert(mode)
+    """Noise, which no format makes small, so that a cut falls into the pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert("L" if mode == "I;16" else "RGB").convert(mode)
 
 
 def as_bytes(image: Image.Image, form: str) -> bytes:
@@ -101,11 +103,20 @@ def test_truncated_image_with_a_good_header_is_called_corrupt(file, form):
     assert error_of(path).what.startswith(f"{path} is corrupt: ")
 
 
-def test_damaged_pixels_are_called_corrupt(file):
-    whole = bytearray(as_bytes(picture(), "PNG"))
-    whole[len(whole) // 2] ^= 0xFF
-    path = file(bytes(whole))
-    assert error_of(path).what.startswith(f"{path} is corrupt: ")
+@pytest.mark.parametrize(
+    ("form", "place", "what"),
+    [
+        pytest.param("PNG", 11, "cannot be opened: ", id="size-of-the-png-header"),
+        pytest.param("PNG", 36, "is corrupt: ", id="size-of-the-png-pixels"),
+        pytest.param("PNG", 2000, "is corrupt: ", id="png-pixels"),
+        pytest.param("BMP", 30, "is corrupt: ", id="bmp-compression"),
+    ],
+)
+def test_image_with_one_wrong_byte_is_refused(file, form, place, what):
+    content = bytearray(as_bytes(picture(), form))
+    content[place] ^= 1
+    path = file(bytes(content))
+    assert error_of(path).what.startswith(f"{path} {what}")
 
 
 def test_missing_image_is_refused(tmp_path):
@@ -130,6 +141,10 @@ def test_what_is_no_image_is_refused(file, content):
     error = error_of(path)
     assert error.what == f"{path} is no image Pillow can read."
     assert error.fix == "replace or remove it."
+
+
+def test_path_no_system_knows_is_refused():
+    assert error_of("a\0.png").what == "a\0.png cannot be opened: embedded null byte."
 
 
 def test_folder_is_refused(tmp_path):

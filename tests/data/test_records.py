@@ -74,6 +74,7 @@ def test_missing_file_is_named_with_its_whole_path(tmp_path, monkeypatch):
 def test_directory_is_refused(tmp_path):
     error = error_of(tmp_path)
     assert (error.where, error.what) == (str(tmp_path), "cannot be read: Is a directory.")
+    assert error.fix == "check the path and its permissions."
 
 
 @pytest.mark.parametrize("text", ["", " \n\t\n", BOM])

@@ -112,12 +112,29 @@ class TestRefused:
         assert error.fix == 'run: pip install "vlmtune[video]", or give "video_frames".'
 
 
-def test_shortened_video_counts_the_frames_left(video):
-    path = video("a.avi")
-    content = Path(path).read_bytes()
-    frames = [found.start() for found in re.finditer(b"00dc", content)]
-    fourth = [start for start in frames if start > content.index(b"movi")][3]
-    os.truncate(path, fourth)
+@pytest.fixture
+def shortened(video):
+    """`shortened(n)` is a video cut before its n-th frame, counted from 0."""
+
+    def cut(n: int) -> str:
+        path = video("a.avi")
+        content = Path(path).read_bytes()
+        frames = [found.start() for found in re.finditer(b"00dc", content)]
+        os.truncate(path, [start for start in frames if start > content.index(b"movi")][n])
+        return path
+
+    return cut
+
+
+def test_shortened_video_has_the_frames_left(shortened):
+    path = shortened(3)
     assert check_video(path, WHERE) == (3, 32, 48)
     assert len(read_video(path, WHERE, [0, 1, 2])) == 3
     assert error_of(lambda: read_video(path, WHERE, [0, 3])).what == f"{path} ends before frame 3."
+
+
+def test_video_without_frames_is_refused(shortened):
+    path = shortened(0)
+    error = error_of(lambda: check_video(path, WHERE))
+    assert (error.what, error.fix) == (f"{path} has no video frames.", "replace or remove it.")
+    assert error_of(lambda: read_video(path, WHERE, [0])).what == f"{path} ends before frame 0."
