@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, Trainer
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
@@ -77,7 +78,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     """The user's keys over our defaults: what fits the machine, and what our collator needs.
 
     Raises:
-        ConfigError: evaluation is asked for without evaluation data.
+        ConfigError: evaluation is asked for without evaluation data, or the host refuses a value.
     """
     given = dict(config.training)
     cpu = given.get("use_cpu", not torch.cuda.is_available())
@@ -108,7 +109,13 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     with warnings.catch_warnings():
         # TRL and configs use the name that transformers 5.18 knows; 5.23 warns of it.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-        args = SFTConfig(**{**defaults, **given, **required})
+        try:
+            args = SFTConfig(**{**defaults, **given, **required})
+        except (ValueError, TypeError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                "training settings", reason, "change or remove the key it names"
+            ) from error
     if args.deepspeed and cpu:
         # With use_cpu, transformers starts torch.distributed but not deepspeed.comm (0.19).
         import deepspeed
@@ -165,14 +172,23 @@ def load_model(config: RunConfig) -> Ovis2_5:
 
     Raises:
         ConfigError: nothing is left to train.
+        ModelError: the weights are missing or broken.
     """
     settings, attention = config.model, config.model.attn_implementation
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         note("attn_implementation is sdpa: flash-attn 2 is not installed, or there is no GPU")
         attention = "sdpa"
-    model = Ovis2_5.from_pretrained(
-        settings.model_path, dtype=settings.torch_dtype, attn_implementation=attention
-    )
+    try:
+        model = Ovis2_5.from_pretrained(
+            settings.model_path, dtype=settings.torch_dtype, attn_implementation=attention
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"model_path {settings.model_path}",
+            f"the weights cannot be loaded: {reason}",
+            "give a folder with complete .safetensors files",
+        ) from error
     if settings.freeze_llm:
         model.llm.requires_grad_(False)
     if settings.freeze_vision_tower:

@@ -148,6 +148,27 @@ def test_model_of_another_family_is_refused(train, tmp_path):
     assert (code, 'has model_type "bert"' in error) == (1, True)
 
 
+def test_value_the_host_refuses_is_one_error(train):
+    code, error = train([record()], lr_scheduler_type="zigzag")
+    assert code == 1
+    assert "zigzag" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_broken_weights_are_named(damage, train, checkpoint):
+    folder = checkpoint()
+    weights = folder / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+    code, error = train([record()], model_path=folder)
+    assert code == 1
+    assert f"model_path {folder}:\n  the weights cannot be loaded" in error
+    assert "Traceback" not in error
+
+
 def test_samples_that_lose_all_supervision_end_the_run_when_none_is_left(train):
     code, error = train([record()], multimodal_max_length=4)
     assert code == 1
