@@ -260,6 +260,15 @@ def test_last_turn_trains_the_last_answer_alone_and_strips_earlier_thoughts(
     assert sample.labels == [IGN] * len(before) + learned + [IGN] * (1 + len(USER_5))
 
 
+@pytest.mark.parametrize("earlier", ["\nc", "\n<think>c", "\n\n"])
+def test_last_turn_keeps_answers_without_thoughts_as_they_are(processor, earlier):
+    sample = encode(render([human("5"), gpt(earlier), gpt("c")], processor, "last_turn"), processor)
+    assert processor.tokenizer.decode(sample.ids) == (
+        f"<|im_start|>user\n5<|im_end|>\n<|im_start|>assistant\n{earlier}<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nc<|im_end|>"
+    )
+
+
 def test_last_turn_keeps_think_tags_of_the_user(processor):
     sample = encode(render([human("a</think>b"), gpt("c")], processor, "last_turn"), processor)
     assert sample.ids[:6] == [321, 314, 198, 64, 345, 65]

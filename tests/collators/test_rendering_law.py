@@ -53,7 +53,7 @@ TURN = st.one_of(
     st.builds(Turn, st.just("system"), TEXT),
 )
 CONVERSATION = st.lists(TURN, min_size=1, max_size=6).filter(lambda ts: any(t.trained for t in ts))
-searching = settings(max_examples=120, deadline=None, derandomize=True)
+searching = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="session", params=["golden", "fusing"])

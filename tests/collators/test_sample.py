@@ -69,6 +69,15 @@ def test_check_finds_the_missing_file_and_names_the_record(make_encoder, questio
     assert error.value.what == f"{IMAGES / 'no.png'} does not exist."
 
 
+@pytest.mark.parametrize("action", ["check_files", "load"])
+def test_missing_video_is_named_with_its_record(make_encoder, action):
+    pytest.importorskip("av")
+    with pytest.raises(DataError) as error:
+        getattr(make_encoder(), action)(parse("<video>", "5", video="no.mp4"))
+    assert error.value.where == 'train.json, record 17 (id "one"), video'
+    assert error.value.what.startswith(f"{IMAGES / 'no.mp4'} cannot be opened: ")
+
+
 @pytest.mark.parametrize(
     ("media", "question", "changes", "grids"),
     [
@@ -84,6 +93,12 @@ def test_check_finds_the_missing_file_and_names_the_record(make_encoder, questio
             "<image><image>",
             {"multiple_image_max_pixels": -1},
             [(1, 10, 10)] * 2,
+        ),
+        (
+            {"video_frames": ["grad_64x64.png"] * 2},
+            "<video>",
+            {"video_max_pixels": -1},
+            [(2, 10, 10)],
         ),
         (
             {"video_frames": ["grad_64x64.png"] * 5},

@@ -226,7 +226,17 @@ def test_nothing_left_is_refused_each_time(write, prepare, cache, records, what)
         with pytest.raises(DataError) as error:
             prepare(path, other, skip_bad=True)
         assert (error.value.where, error.value.what) == (f"{path}, {other}", what)
+        assert error.value.fix == (
+            "mend the data, or raise multimodal_max_length and text_max_length."
+        )
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_first_process_alone_shows_its_progress(write, prepare, capsys, monkeypatch, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    prepare(write("d.json", [record("one")]))
+    assert ("Checking data: 100%" in capsys.readouterr().err) is shown
 
 
 def test_result_is_reused_with_its_ledger(write, prepare, checks, tmp_path):

@@ -112,18 +112,32 @@ class TestRefused:
         assert error.fix == 'run: pip install "vlmtune[video]", or give "video_frames".'
 
 
+def starts_of_frames(path: str) -> list[int]:
+    """Where the frames of an AVI file start."""
+    content = Path(path).read_bytes()
+    found = [match.start() for match in re.finditer(b"00dc", content)]
+    return [start for start in found if start > content.index(b"movi")]
+
+
 @pytest.fixture
 def shortened(video):
     """`shortened(n)` is a video cut before its n-th frame, counted from 0."""
 
     def cut(n: int) -> str:
         path = video("a.avi")
-        content = Path(path).read_bytes()
-        frames = [found.start() for found in re.finditer(b"00dc", content)]
-        os.truncate(path, [start for start in frames if start > content.index(b"movi")][n])
+        os.truncate(path, starts_of_frames(path)[n])
         return path
 
     return cut
+
+
+def test_frames_behind_the_last_one_wanted_are_not_decoded(video):
+    path = video("a.avi")
+    start = starts_of_frames(path)[2] + 8  # behind the chunk's name and size
+    content = bytearray(Path(path).read_bytes())
+    content[start : start + 60] = bytes(60)
+    Path(path).write_bytes(content)
+    assert len(read_video(path, WHERE, [1, 0])) == 2
 
 
 def test_shortened_video_has_the_frames_left(shortened):
