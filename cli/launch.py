@@ -1,6 +1,7 @@
 """`train_launch.sh [CONFIG] [N] [standard|trl] [--key value ...]`: training on N processes.
 
-N left out or 0 means all GPUs of this machine, one process without any. `NNODES`, `NODE_RANK`,
+N left out or 0 means all GPUs of this machine, one process without any. Without a mode the config's
+`trainer` counts, or else the standard one. `NNODES`, `NODE_RANK`,
 `MASTER_ADDR` and `MASTER_PORT` are respected for several machines.
 """
 
@@ -11,22 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..configs.load import load_config
-from ..core.errors import VLMTuneError
+from ..core.errors import ConfigError, VLMTuneError
 from .main import main as vlmtune
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes run `vlmtune train` with which words after it."""
+    """How many processes (0: all GPUs) run `vlmtune train` with which words after it."""
 
     processes: int
+    mode: str | None
     train_words: list[str]
 
 
 def parse_launch(argv: Sequence[str]) -> Launch:
-    """Positional words in any order before the first flag; without a mode, the standard trainer."""
+    """Positional words in any order before the first flag."""
     flags = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
-    processes, mode, words = 0, "standard", []
+    processes, mode, words = 0, None, []
     for word in argv[:flags]:
         if word.isdigit():
             processes = int(word)
@@ -34,23 +36,36 @@ def parse_launch(argv: Sequence[str]) -> Launch:
             mode = word
         else:
             words.append(word)
-    given = any(word.split("=")[0] == "--trainer" for word in argv[flags:])
-    trainer = [] if given else ["--trainer", mode]
-    return Launch(processes, [*words, *trainer, *argv[flags:]])
+    trainer = ["--trainer", mode] if mode else []
+    return Launch(processes, mode, [*words, *trainer, *argv[flags:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     launch = parse_launch(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in launch.train_words
+    words = launch.train_words
+    if "--help" in words:
+        print(__doc__)
+        return 0
+    debug = "--debug" in words
     try:
-        load_config([word for word in launch.train_words if word != "--debug"])
+        config = load_config([word for word in words if word != "--debug"])
+        nodes = _nodes()
     except VLMTuneError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    processes, nodes = launch.processes or _gpus() or 1, int(os.environ.get("NNODES", "1"))
+    if "trainer" not in config.sources:
+        words = [*words, "--trainer", "standard"]
+    processes = launch.processes or _gpus() or 1
     if processes * nodes == 1:
-        return vlmtune(["train", *launch.train_words])
-    return _torchrun(processes, nodes, launch.train_words, debug)
+        return vlmtune(["train", *words])
+    return _torchrun(processes, nodes, words, debug)
+
+
+def _nodes() -> int:
+    value = os.environ.get("NNODES", "1")
+    if not value.isdigit() or value == "0":
+        raise ConfigError("environment variable NNODES", f'is "{value}"', "set 1 or more")
+    return int(value)
 
 
 def _gpus() -> int:

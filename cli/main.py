@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..configs.load import load_config
-from ..core.errors import VLMTuneError
+from ..core.distributed import rank
+from ..core.errors import DataError, VLMTuneError
 from ..core.logging import quiet_hosts
 
 USAGE = """\
@@ -24,6 +25,7 @@ A run needs at least model_path, data_path and output_dir:
       --image_folder images --output_dir outputs/run1
 
 On several GPUs: scripts/train_launch.sh CONFIG N trl
+All keys: docs/config.md
 """
 
 
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VLMTuneError as error:
         if debug:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        # Settings and checkpoints are wrong on every rank alike; data may be on one alone.
+        if rank() == 0 or isinstance(error, DataError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
 

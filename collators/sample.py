@@ -60,7 +60,9 @@ class SampleEncoder:
         if frames:
             return [(len(frames), *frames[0])]
         if conversation.video:
-            return [check_video(conversation.video, where("video"))]
+            size = check_video(conversation.video, where("video"))
+            read_video(conversation.video, where("video"), self._indices(size[0]))
+            return [size]
         return images
 
     def encode(self, conversation: Conversation, sizes: Sequence[Size]) -> Encoded:
@@ -84,11 +86,16 @@ class SampleEncoder:
         """The sample with its pixels; media that were cut off are not decoded."""
         media, sizes = self._open(conversation)
         encoded = self.encode(conversation, sizes)
-        limits = [self._limits(conversation, size) for size in sizes]
+        where = conversation.where("image" if conversation.images else "video_frames")
         patches, grids = [], []
-        for frames, (low, high) in zip(media[: len(encoded.media)], limits, strict=False):
+        for i, (frames, size) in enumerate(zip(media, sizes, strict=True)):
+            if i >= len(encoded.media):
+                for frame in frames:
+                    frame.close()
+                continue
             for frame in frames:
-                decode(frame, str(getattr(frame, "filename", "")), conversation.where("image"))
+                decode(frame, str(getattr(frame, "filename", "")), where)
+            low, high = self._limits(conversation, size)
             values, grid = self.processor.image_processor.patches(frames, low, high)
             patches.append(values)
             grids.append(grid)
@@ -104,8 +111,8 @@ class SampleEncoder:
             count = len(conversation.frames)
             files = [conversation.frames[i] for i in self._indices(count)]
             frames = [open_image(f, where("video_frames")) for f in files]
-            first = open_image(conversation.frames[0], where("video_frames"))
-            return [frames], [(count, first.height, first.width)]
+            with open_image(conversation.frames[0], where("video_frames")) as first:
+                return [frames], [(count, first.height, first.width)]
         images = [open_image(f, where("image")) for f in conversation.images]
         return [[image] for image in images], [(1, image.height, image.width) for image in images]
 

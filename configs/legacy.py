@@ -35,11 +35,15 @@ FIXED: dict[str, tuple[str | bool, str]] = {
     "packing": (False, "leave it out: samples are padded"),
     "eval_packing": (False, "leave it out: samples are padded"),
     "padding_free": (False, "leave it out: samples are padded"),
+    "chat_template_path": ("", "leave it out: the family's own rendering writes conversations"),
+    "eos_token": ("", "leave it out: answers end in the family's own end-of-turn token"),
+    "pad_token": ("", "leave it out: the tokenizer's own pad token is used"),
 }
 
 _CHECKPOINT = "the checkpoint's own config rules"
 _UNUSED = "the reference never used it either"
 _MASKS = "which tokens carry loss follows from rendering the conversation"
+_COLLATOR = "our collator reads the records itself"
 _GONE = "transformers no longer has it"
 
 # Accepted without effect -> why.
@@ -69,12 +73,22 @@ NO_EFFECT: dict[str, str] = {
     "assistant_only_loss": _MASKS,
     "completion_only_loss": _MASKS,
     "dataset_text_field": _MASKS,
+    "chat_template_path": "the family's own rendering writes conversations",
+    "eos_token": "answers end in the family's own end-of-turn token",
+    "pad_token": "the tokenizer's own pad token is used",
+    "remove_unused_columns": _COLLATOR,
+    "dataset_kwargs": _COLLATOR,
+    "dataset_num_proc": _COLLATOR,
+    "shuffle_dataset": "train_sampling_strategy decides the order",
+    "truncation_mode": "samples are cut at their end, never through an image",
+    "pad_to_multiple_of": "samples are padded to the longest of their batch",
+    "packing_strategy": "samples are padded",
     "packing": "samples are padded",
     "eval_packing": "samples are padded",
     "padding_free": "samples are padded",
     "save_safetensors": "weights are always saved as safetensors",
     "logging_dir": f"{_GONE}; set the environment variable TENSORBOARD_LOGGING_DIR",
-    "use_mps_device": f"{_GONE}; mps is used where it is available",
+    "use_mps_device": _GONE,
     "jit_mode_eval": _GONE,
     "use_ipex": _GONE,
     "fp16_opt_level": f"{_GONE}, nor apex",

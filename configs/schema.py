@@ -3,6 +3,7 @@
 from __future__ import annotations  # keeps annotations as text, the form the host's fields have
 
 from dataclasses import asdict, dataclass, field, fields
+from os.path import expanduser
 from typing import Any
 
 from ..core.errors import ConfigError
@@ -25,7 +26,8 @@ class ModelConfig:
     torch_dtype: str = field(
         default="float32",
         metadata={
-            "help": "Type the weights are loaded in; auto takes what the checkpoint says.",
+            "help": "bfloat16 and float16 switch on bf16 and fp16, in which the model computes; "
+            "the weights themselves are kept in float32, where small updates are not lost.",
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
@@ -47,6 +49,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        self.model_path = expanduser(self.model_path)
         self.torch_dtype = self.torch_dtype.removeprefix("torch.")
         _check_choices(self)
 
@@ -125,6 +128,9 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        self.data_path = [expanduser(path) for path in self.data_path]
+        self.eval_data_path = [expanduser(path) for path in self.eval_data_path]
+        self.image_folder = self.image_folder and expanduser(self.image_folder)
         _check_choices(self)
         for key in ("multimodal_max_length", "text_max_length", "min_frames", "max_frames"):
             if getattr(self, key) < 1:

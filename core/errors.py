@@ -8,9 +8,16 @@ class VLMTuneError(Exception):
         where: File, record, id and field, or the config key.
         what: What is wrong there.
         fix: What to write or do instead.
+
+    With one argument, that is the traceback text from which torch rebuilds a loader worker's
+    exception; the message is its end.
     """
 
-    def __init__(self, where: str, what: str, fix: str):
+    def __init__(self, where: str, what: str | None = None, fix: str | None = None):
+        if what is None or fix is None:
+            super().__init__(where.rpartition(f"{type(self).__name__}: ")[2].strip())
+            self.where, self.what, self.fix = "", str(self), ""
+            return
         ended = [text if text.endswith((".", "?")) else f"{text}." for text in (what, fix)]
         super().__init__(f"{where}:\n  {ended[0]}\n  Fix: {ended[1]}")
         self.where, self.what, self.fix = where, what, fix

@@ -94,7 +94,7 @@ def parse_conversation(
             f"is {_name_of(record)}, not an object.",
             'write {"id": ..., "conversations": [...]}.',
         )
-    identity = record.get("id", index)
+    identity = record_id(record, index)
     at = f'{source}, record {index} (id "{identity}")'
     turns = _parse_turns(record.get("conversations"), at)
     images = _paths(record, "image", at, image_folder)
@@ -112,7 +112,7 @@ def parse_conversation(
     field_name = "video_frames" if frames else "video"
     _check_marks(turns, VIDEO_MARK, 1 if video or frames else 0, field_name, at)
     return Conversation(
-        id=str(identity),
+        id=identity,
         turns=turns,
         images=images,
         video=video[0] if video else None,
@@ -120,6 +120,12 @@ def parse_conversation(
         source=source,
         record=index,
     )
+
+
+def record_id(record: Any, index: int) -> str:
+    """The record's id as text; its position where it has none."""
+    identity = record.get("id") if isinstance(record, dict) else None
+    return str(index if identity is None else identity).encode("utf-8", "replace").decode()
 
 
 def _parse_turns(conversations: Any, at: str) -> list[Turn]:
@@ -147,6 +153,10 @@ def _parse_turns(conversations: Any, at: str) -> list[Turn]:
             raise DataError(
                 f"{at}[{i}].value", f"is {_name_of(text)}, not text.", "write a string."
             )
+        if not _is_unicode(text):
+            raise DataError(
+                f"{at}[{i}].value", "holds half a surrogate pair.", "write the whole character."
+            )
         if speaker == "gpt":
             _check_answer(text, f"{at}[{i}].value")
         turns.append(Turn(ROLES[speaker], text, trained=speaker == "gpt"))
@@ -172,27 +182,41 @@ def _check_marks(turns: list[Turn], mark: str, files: int, field_name: str, at: 
     if found == files:
         return
     places = [f"conversations[{i}].value" for i, turn in enumerate(turns) if mark in turn.text]
-    where = f"{at}, {places[0]}" if len(places) == 1 else f"{at}, {', '.join(places) or field_name}"
+    where = f"{at}, {', '.join(places) or field_name}"
+    fix = f'list a file in "{field_name}" for each placeholder, or remove the surplus.'
     listed = f'"{field_name}" lists {files} file{"" if files == 1 else "s"}'
     if mark == VIDEO_MARK:
         listed = f'the record has {"a" if files else "no"} "{field_name}"'
+        fix = 'write one "<video>" and give one video.'
     raise DataError(
         where,
         f'{found} "{mark}" placeholder{"" if found == 1 else "s"}, but {listed}.',
-        f'list a file in "{field_name}" for each placeholder, or remove the surplus.',
+        fix,
     )
 
 
 def _paths(record: dict, key: str, at: str, folder: str | None) -> list[str]:
     value = record.get(key)
-    if value is None or value == []:
+    if value is None:
         return []
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+    if not isinstance(values, list):
         raise DataError(
             f"{at}, {key}", f"is {_name_of(value)}.", "write a path, or a list of paths."
         )
-    return [str(Path(folder or "") / v) for v in values]
+    for v in values:
+        if not isinstance(v, str) or not v or "\0" in v or not _is_unicode(v):
+            fix = "write the path of a file, or remove the key."
+            raise DataError(f"{at}, {key}", f"{v!r} is no path.", fix)
+    return [str(Path(folder or "") / Path(v).expanduser()) for v in values]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _name_of(value: Any) -> str:

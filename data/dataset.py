@@ -16,12 +16,15 @@ from datasets.config import HF_DATASETS_CACHE
 from tqdm import tqdm
 
 from .. import __version__
-from ..core.distributed import rank
+from ..core.distributed import local_rank, rank
 from ..core.errors import DataError
-from .conversation import Conversation, parse_conversation
+from .conversation import Conversation, parse_conversation, record_id
 from .records import read_records
 
 T = TypeVar("T")
+
+RECHECK = "recheck"
+"""Stands in a prepared folder when a media file failed: that may be mended without a trace."""
 
 FEATURES = datasets.Features(
     {
@@ -74,13 +77,15 @@ def prepare_dataset(
         fingerprint: Whatever else the result depends on: tokenizer, limits, template.
 
     Raises:
-        DataError: the first bad record, or no sample is left.
+        DataError: the first bad record, or else the first with a bad file; or no sample is left.
     """
     conversations, left_out = _parse(paths, image_folder, skip_bad)
     key = _key(paths, conversations, f"{fingerprint}|{skip_bad}|{image_folder}")
     folder = Path(HF_DATASETS_CACHE) / "vlmtune" / key
+    if (folder / RECHECK).exists() and local_rank() == 0:
+        shutil.rmtree(folder)
     if not folder.exists():
-        rows = _measured(conversations, check_files, measure, skip_bad, left_out)
+        rows, recheck = _measured(conversations, check_files, measure, skip_bad, left_out)
         if not rows:
             raise DataError(
                 ", ".join(paths),
@@ -88,7 +93,7 @@ def prepare_dataset(
                 + (f", the first because: {left_out[0]['what']}" if left_out else "."),
                 "mend the data, or raise multimodal_max_length and text_max_length.",
             )
-        _write(rows, left_out, folder)
+        _write(rows, left_out, folder, recheck)
     dataset = datasets.load_from_disk(str(folder))
     assert isinstance(dataset, datasets.Dataset)
     ledger = json.loads((folder / "left_out.json").read_text(encoding="utf-8"))
@@ -107,8 +112,7 @@ def _parse(
             except DataError as error:
                 if not skip_bad:
                     raise
-                identity = record.get("id", index) if isinstance(record, dict) else index
-                left_out.append(_entry(path, index, identity, error))
+                left_out.append(_entry(path, index, record_id(record, index), error))
     return conversations, left_out
 
 
@@ -118,8 +122,8 @@ def _measured(
     measure: Callable[[Conversation, Any], tuple[int, int]],
     skip_bad: bool,
     left_out: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    rows = []
+) -> tuple[list[dict[str, Any]], bool]:
+    rows, recheck = [], False
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sizes = pool.map(_outcome(check_files), conversations)
         bar = tqdm(
@@ -131,6 +135,7 @@ def _measured(
         for conversation, outcome in bar:
             try:
                 if isinstance(outcome, DataError):
+                    recheck = True
                     raise outcome
                 length, trained = measure(conversation, outcome)
             except DataError as error:
@@ -143,7 +148,7 @@ def _measured(
                 rows.append({**conversation.to_row(), "length": length, "trained_tokens": trained})
             else:
                 left_out.append(_entry_of(conversation, _nothing_to_learn(conversation, length)))
-    return rows
+    return rows, recheck
 
 
 def _outcome(call: Callable[[Conversation], T]) -> Callable[[Conversation], T | DataError]:
@@ -186,13 +191,21 @@ def _key(paths: Sequence[str], conversations: Sequence[Conversation], rest: str)
     return digest.hexdigest()[:32]
 
 
-def _write(rows: list[dict[str, Any]], left_out: list[dict[str, Any]], folder: Path) -> None:
+def _write(
+    rows: list[dict[str, Any]], left_out: list[dict[str, Any]], folder: Path, recheck: bool
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows, features=FEATURES).save_to_disk(str(partial))
-    datasets.enable_progress_bars()
-    (partial / "left_out.json").write_text(json.dumps(left_out, ensure_ascii=False), "utf-8")
+    if bars:
+        datasets.enable_progress_bars()
+    ledger = json.dumps(left_out, ensure_ascii=False)
+    # A lone surrogate becomes the escape that JSON has for it.
+    (partial / "left_out.json").write_text(ledger, "utf-8", errors="backslashreplace")
+    if recheck:
+        (partial / RECHECK).touch()
     try:
         partial.rename(folder)
     except OSError:  # another process was first

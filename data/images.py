@@ -1,15 +1,17 @@
 """Opening images and videos, with errors that name the record, and their pixel limits."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from ..core.errors import DataError
 
-MAX_IMAGE_PIXELS = 178_956_970
-"""Pillow's own limit (twice `Image.MAX_IMAGE_PIXELS`), beyond which it assumes an attack."""
+# From twice this warning's limit on (179 million pixels) Pillow refuses an image, and so do we.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,7 @@ def open_image(path: str, where: str) -> Image.Image:
         DataError: missing, unreadable, of zero size, or huge.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+        return Image.open(path)
     except FileNotFoundError:
         raise _bad(where, path, "does not exist", "check image_folder and the path") from None
     except Image.DecompressionBombError:
@@ -63,11 +63,8 @@ def open_image(path: str, where: str) -> Image.Image:
         ) from None
     except UnidentifiedImageError:
         raise _bad(where, path, "is no image Pillow can read", "replace or remove it") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's plugins raise whatever their libraries do
         raise _bad(where, path, f"cannot be opened: {error}", "replace or remove it") from None
-    if image.width * image.height == 0:
-        raise _bad(where, path, f"is {image.width}x{image.height} pixels", "replace or remove it")
-    return image
 
 
 def decode(image: Image.Image, path: str, where: str) -> Image.Image:
@@ -78,7 +75,7 @@ def decode(image: Image.Image, path: str, where: str) -> Image.Image:
     """
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
+    except Exception as error:  # as above
         raise _bad(where, path, f"is corrupt: {error}", "replace or remove it") from None
     return image
 
@@ -117,12 +114,13 @@ def check_video(path: str, where: str) -> tuple[int, int, int]:
     Raises:
         DataError: PyAV is missing, or the file has no readable video.
     """
-    with _open_video(path, where) as container:
+    with _video(path, where) as container:
         stream = container.streams.video[0]
-        frames = sum(1 for packet in container.demux(stream) if packet.size)
-        if not frames or not stream.codec_context.height:
+        frames = sum(1 for p in container.demux(stream) if p.size and not p.is_discard)
+        codec = stream.codec_context
+        if not frames or codec is None or not codec.height:
             raise _bad(where, path, "has no video frames", "replace or remove it")
-        return frames, stream.codec_context.height, stream.codec_context.width
+        return frames, codec.height, codec.width
 
 
 def read_video(path: str, where: str, indices: Sequence[int]) -> list[Image.Image]:
@@ -132,22 +130,21 @@ def read_video(path: str, where: str, indices: Sequence[int]) -> list[Image.Imag
         DataError: as `check_video`, or the video is shorter than announced.
     """
     wanted, found = set(indices), {}
-    with _open_video(path, where) as container:
-        try:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index in wanted:
-                    found[index] = frame.to_image()
-                if len(found) == len(wanted):
-                    break
-        except OSError as error:
-            raise _bad(where, path, f"cannot be decoded: {error}", "replace or remove it") from None
+    with _video(path, where) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                found[index] = frame.to_image()
+            if len(found) == len(wanted):
+                break
     if len(found) < len(wanted):
         missing = min(wanted - set(found))
         raise _bad(where, path, f"ends before frame {missing}", "replace or remove it")
     return [found[index] for index in indices]
 
 
-def _open_video(path: str, where: str):
+@contextmanager
+def _video(path: str, where: str) -> Iterator[Any]:
+    """An open container; what goes wrong inside is a DataError."""
     try:
         import av
     except ImportError:
@@ -158,11 +155,17 @@ def _open_video(path: str, where: str):
         ) from None
     try:
         container = av.open(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # FFmpeg's errors have no common base but this
         raise _bad(where, path, f"cannot be opened: {error}", "check the path and file") from None
-    if not container.streams.video:
-        raise _bad(where, path, "has no video stream", "replace or remove it")
-    return container
+    with container:
+        if not container.streams.video:
+            raise _bad(where, path, "has no video stream", "replace or remove it")
+        try:
+            yield container
+        except DataError:
+            raise
+        except Exception as error:
+            raise _bad(where, path, f"cannot be decoded: {error}", "replace or remove it") from None
 
 
 def _bad(where: str, path: str, what: str, fix: str) -> DataError:

@@ -26,6 +26,8 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise _broken(path, error.lineno, error) from None
+    except (ValueError, RecursionError) as error:
+        raise _unheld(path, error) from None
     yield from enumerate(_records_in(content, path), start=1)
 
 
@@ -33,7 +35,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        what, fix = "there is no such file.", "check data_path; it is relative to where you start."
+        what, fix = "there is no such file.", "check the path; it is relative to where you start."
     except UnicodeDecodeError as error:
         what, fix = (
             f"is not UTF-8 text ({error.reason} at byte {error.start}).",
@@ -65,6 +67,8 @@ def _json_lines(text: str, path: str | Path) -> Iterator[tuple[int, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             record = _broken(path, number, error)
+        except (ValueError, RecursionError) as error:
+            record = _unheld(f"{path}, line {number}", error)
         yield position, record
 
 
@@ -81,6 +85,12 @@ def _records_in(content: Any, path: str | Path) -> list[Any]:
         str(path),
         "holds no list of records.",
         "write a JSON array of records, or an object with one list in it.",
+    )
+
+
+def _unheld(where: str | Path, error: Exception) -> DataError:
+    return DataError(
+        str(where), f"holds JSON that Python refuses: {error}.", "shorten or remove that value."
     )
 
 

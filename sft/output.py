@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .. import __version__
 from ..configs.schema import RunConfig
+from ..core.distributed import world_size
 from ..core.errors import ConfigError
 
 RUN_FILE = "vlmtune_run.json"
@@ -18,12 +19,24 @@ LEDGER_FILE = "bad_samples.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
-def check_output_dir(folder: Path, overwrite: bool) -> None:
-    """Refuse to write over a finished model.
+def check_output_dir(folder: Path, overwrite: bool, resume: str | bool | None) -> None:
+    """Refuse to write over a finished model, or to resume from nothing.
 
     Raises:
-        ConfigError: the folder holds a model and `overwrite` is false.
+        ConfigError: the folder holds a model and `overwrite` is false, is a file, or `resume`
+            names no checkpoint.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder.resolve()}", "is a file", "name a folder")
+    if resume:
+        named = Path(resume) if isinstance(resume, str) else None
+        if not (named.is_dir() if named else any(folder.glob("checkpoint-*"))):
+            raise ConfigError(
+                "resume_from_checkpoint",
+                f"there is no checkpoint at {named or folder}",
+                "give the path of a checkpoint folder, or leave the key out",
+            )
+        return
     if not overwrite and (folder / "config.json").exists():
         raise ConfigError(
             f"output_dir {folder.resolve()}",
@@ -39,10 +52,11 @@ def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
         path.unlink(missing_ok=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(e, ensure_ascii=False) + "\n" for e in left_out), "utf-8")
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+    path.write_text(lines, "utf-8", errors="backslashreplace")
 
 
-def save_finished(trainer: Trainer, config: RunConfig) -> None:
+def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -> None:
     """Save model, processor, run settings and model card into the output folder.
 
     Everything is written beside its place and moved there at the end, config.json last, so a
@@ -53,15 +67,22 @@ def save_finished(trainer: Trainer, config: RunConfig) -> None:
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    model.config.use_cache = True
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        run = {"config": config.to_dict(), "versions": versions()}
+        run = {
+            "config": config.to_dict(),
+            "training_arguments": trainer.args.to_dict(),
+            "processes": world_size(),
+            "versions": versions(),
+        }
         (partial / RUN_FILE).write_text(json.dumps(run, indent=2, default=str) + "\n", "utf-8")
         (partial / "README.md").write_text(model_card(config, folder.name), "utf-8")
         for stale in ["config.json", *(f.name for f in folder.glob("model*.safetensors*"))]:
             (folder / stale).unlink(missing_ok=True)
         for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+            file.chmod(0o644)  # the host writes weights for their owner alone
             file.replace(folder / file.name)
         partial.rmdir()
     trainer.accelerator.wait_for_everyone()

@@ -9,7 +9,6 @@ from ...core.errors import ModelError
 
 # Ids that never reach the language model (AIDC-AI/Ovis 2.5.0). The four indicators stand for the
 # last four rows of the visual embedding table, in this order.
-IMAGE_PLACEHOLDER_ID, VIDEO_PLACEHOLDER_ID = -200, -201
 VISUAL_ATOM_ID = -300
 IMAGE_BEGIN_ID, IMAGE_END_ID, VIDEO_BEGIN_ID, VIDEO_END_ID = -301, -302, -303, -304
 NUM_INDICATORS = 4

@@ -187,11 +187,9 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         )
 
     def _vision_must_run(self) -> bool:
-        """Whether a batch without images must still touch every vision parameter: the other ranks
-        wait for its gradients, and under ZeRO-3 for its part of the weights."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1:
-            return False
+        """Whether a batch without images must still touch every vision parameter: other ranks
+        wait for its gradients, and under ZeRO-3 for its part of the weights. In training always,
+        so that one process takes the same optimizer steps as several."""
         return self.training or is_deepspeed_zero3_enabled()
 
     def _unseen_image(self, like: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vlmtune.cli.main import main
+from vlmtune.core.errors import DataError
 
 
 @pytest.fixture
@@ -128,6 +130,46 @@ def test_output_folder_with_a_finished_model_is_not_replaced_unasked(train, tmp_
     assert code == 1
     assert "already holds a finished model" in error
     assert "--overwrite_output_dir" in error
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"do_train": "false"}, "do_train:\n  is false, and there is no eval_data_path."),
+        ({"resume_from_checkpoint": "true"}, "there is no checkpoint at"),
+        ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size:\n  is 0."),
+        ({"dataloader_drop_last": "true"}, "drops everything: 1 samples fill no batch of 8"),
+        ({"label_smoothing_factor": "0.1", "trainer": "standard"}, 'use "trainer": "trl"'),
+        ({"chat_template_path": "x"}, "chat_template_path"),
+    ],
+)
+def test_setting_that_cannot_work_is_one_error(keys, what, train):
+    code, error = train([record()], **keys)
+    assert code == 1
+    assert what in error
+    assert "Traceback" not in error
+
+
+def test_output_dir_that_is_a_file_is_refused(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, error = train([record()], output_dir=tmp_path / "file")
+    assert (code, "is a file." in error) == (1, True)
+
+
+def test_tensor_missing_from_the_checkpoint_is_never_trained_from_random(train, checkpoint):
+    folder = checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    del weights["vte.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, error = train([record()], model_path=folder)
+    assert code == 1
+    assert "1 tensors are missing, the first is vte.weight." in error
+
+
+def test_error_of_a_loader_worker_keeps_its_message():
+    original = DataError('a.json, record 1 (id "x"), image', "a.png does not exist.", "look.")
+    text = f"Caught DataError in worker.\nTraceback ...\nvlmtune.core.errors.DataError: {original}"
+    assert str(DataError(text)) == str(original)
 
 
 def test_evaluation_without_data_is_refused(train):

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[2]
     ("words", "processes", "train_words"),
     [
         (["c.json", "4", "trl"], 4, ["c.json", "--trainer", "trl"]),
-        (["c.json", "2"], 2, ["c.json", "--trainer", "standard"]),
-        (["c.json"], 0, ["c.json", "--trainer", "standard"]),
+        (["c.json", "2"], 2, ["c.json"]),
+        (["c.json"], 0, ["c.json"]),
+        (["c.json", "standard", "2"], 2, ["c.json", "--trainer", "standard"]),
         (["c.json", "0", "trl", "--seed", "1"], 0, ["c.json", "--trainer", "trl", "--seed", "1"]),
         (["4", "trl", "--seed", "1"], 4, ["--trainer", "trl", "--seed", "1"]),
         (["c.json", "1", "--trainer", "trl"], 1, ["c.json", "--trainer", "trl"]),
-        (["--max_steps", "4"], 0, ["--trainer", "standard", "--max_steps", "4"]),
+        (["--max_steps", "4"], 0, ["--max_steps", "4"]),
     ],
 )
 def test_words_are_sorted_into_processes_mode_and_training(words, processes, train_words):
@@ -38,6 +39,18 @@ def launch(*words, **environment):
         text=True,
         timeout=120,
     )
+
+
+def test_help_is_the_usage():
+    done = launch("--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("`train_launch.sh [CONFIG] [N] [standard|trl]")
+
+
+def test_number_of_machines_that_is_none_is_refused():
+    done = launch("configs/presets/quickstart.json", "1", "trl", NNODES="two")
+    assert done.returncode == 1
+    assert 'environment variable NNODES:\n  is "two".' in done.stderr
 
 
 def test_config_error_is_told_once_before_processes_start():

@@ -23,16 +23,26 @@ def test_every_annotation_is_of_kinds_we_coerce_or_a_host_enum():
     }
 
 
-def test_only_masking_lengths_and_packing_are_taken_away_from_the_host():
+def test_only_what_our_collator_does_itself_is_taken_away_from_the_host():
     # Fails when the host brings back a key that we translate or ignore.
     assert set(host_fields()) & {*RENAMED, *NO_EFFECT, *SWITCHES} == {
         "assistant_only_loss",
+        "chat_template_path",
         "completion_only_loss",
+        "dataset_kwargs",
+        "dataset_num_proc",
         "dataset_text_field",
+        "eos_token",
         "eval_packing",
         "max_length",
         "packing",
+        "packing_strategy",
+        "pad_to_multiple_of",
+        "pad_token",
         "padding_free",
+        "remove_unused_columns",
+        "shuffle_dataset",
+        "truncation_mode",
     }
 
 

@@ -407,8 +407,7 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
         "set the environment variable TENSORBOARD_LOGGING_DIR",
         "group_by_length false has no effect: it is the default",
         "no_cuda is read as use_cpu",
-        "use_mps_device has no effect: transformers no longer has it; "
-        "mps is used where it is available",
+        "use_mps_device has no effect: transformers no longer has it",
         "fp16_backend has no effect: transformers no longer has it, nor apex",
         "packing has no effect: samples are padded",
         "assistant_only_loss has no effect: "

@@ -255,12 +255,38 @@ def test_media_of_a_wrong_type_are_refused(key, value, what):
     assert error.fix == "write a path, or a list of paths."
 
 
-@pytest.mark.parametrize("value", ["", [""], [None], ["a.png", 5], [["a.png"]]])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("", "'' is no path."),
+        ([""], "'' is no path."),
+        ([None], "None is no path."),
+        (["a.png", 5], "5 is no path."),
+        ([["a.png"]], "['a.png'] is no path."),
+        ("a\0.png", "'a\\x00.png' is no path."),
+        ("\ud83d.png", "'\\ud83d.png' is no path."),
+    ],
+)
 @pytest.mark.parametrize("key", ["image", "video", "video_frames"])
-def test_lists_of_anything_but_paths_are_refused(key, value):
+def test_anything_but_paths_is_refused(key, value, what):
     error = error_of(record(PLAIN, **{key: value}))
-    assert error.where == f"{AT}, {key}"
-    assert error.fix == "write a path, or a list of paths."
+    assert (error.where, error.what) == (f"{AT}, {key}", what)
+    assert error.fix == "write the path of a file, or remove the key."
+
+
+def test_half_a_surrogate_pair_is_refused():
+    error = error_of(record([("human", "Hi"), ("gpt", "cut \ud83d")]))
+    assert error.what == "holds half a surrogate pair."
+
+
+def test_null_id_becomes_the_position():
+    assert parse({**record(PLAIN), "id": None}).id == "17"
+
+
+@pytest.mark.parametrize("media", [{"video": "a"}, {"video_frames": ["a", "b"]}])
+def test_fix_for_two_video_marks_can_be_followed(media):
+    error = error_of(record(asked("<video><video>"), **media))
+    assert error.fix == 'write one "<video>" and give one video.'
 
 
 @pytest.mark.parametrize(

@@ -60,11 +60,17 @@ def checks() -> Checks:
 
 @pytest.fixture
 def prepare(checks):
-    def prepare_with(*paths: str, folder: str | None = None, skip_bad: bool = False, by: str = "t"):
+    def prepare_with(
+        *paths: str,
+        folder: str | None = None,
+        skip_bad: bool = False,
+        by: str = "t",
+        check_files=None,
+    ):
         return prepare_dataset(
             paths,
             folder,
-            check_files=checks.check_files,
+            check_files=check_files or checks.check_files,
             measure=checks.measure,
             skip_bad=skip_bad,
             fingerprint=by,
@@ -171,7 +177,7 @@ def test_broken_line_is_skipped_and_listed_under_its_position(write, prepare):
         {
             "file": path,
             "record": 2,
-            "id": 2,
+            "id": "2",
             "where": f"{path}, line 3, column 7",
             "what": "broken JSON: Expecting ':' delimiter.",
             "fix": "mend that line, or write the file with a JSON library.",
@@ -186,7 +192,7 @@ def test_every_bad_record_of_every_file_is_listed(write, prepare):
     assert ids(prepared) == ["a", "c"]
     assert [(e["file"], e["record"], e["id"]) for e in prepared.left_out] == [
         (first, 2, "b"),
-        (first, 3, 3),
+        (first, 3, "3"),
         (second, 1, "d"),
         (second, 2, "e"),
     ]
@@ -352,3 +358,25 @@ def test_process_that_comes_second_takes_the_result_of_the_first(write, prepare,
     assert checks.checked == ["one", "one"]
     [folder] = cache.iterdir()
     assert not folder.name.startswith(".")
+
+
+def test_path_no_system_knows_and_half_a_surrogate_pair_are_listed(write, prepare):
+    bad = [record("two", "<image>", image="a\0.png"), record("\ud83d", answer="")]
+    path = write("d.json", [record("one"), *bad])
+    prepared = prepare(path, skip_bad=True)
+    assert ids(prepared) == ["one"]
+    assert [e["record"] for e in prepared.left_out] == [2, 3]
+
+
+def test_failed_media_file_is_tried_again_at_the_next_start(write, prepare):
+    mended = []
+
+    def check(conversation):
+        if conversation.id == "two" and not mended:
+            raise DataError(conversation.where("image"), "cannot be read", "mount the disk")
+        return []
+
+    path = write("d.json", [record("one"), record("two")])
+    assert ids(prepare(path, skip_bad=True, check_files=check)) == ["one"]
+    mended.append(True)
+    assert ids(prepare(path, skip_bad=True, check_files=check)) == ["one", "two"]

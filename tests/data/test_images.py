@@ -2,7 +2,8 @@
 
 import io
 import struct
-import warnings
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -166,10 +167,28 @@ def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(file):
 
 def test_large_honest_image_is_opened_without_a_warning(file):
     assert (Image.MAX_IMAGE_PIXELS or 0) < 12000 * 12000  # where Pillow starts to warn
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with open_image(file(png(12000, 12000, IDAT=b"")), WHERE) as image:
-            assert image.size == (12000, 12000)
+    path = file(png(12000, 12000, IDAT=b""))
+    code = (
+        f"from vlmtune.data.images import open_image\nprint(open_image({str(path)!r}, 'here').size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(12000, 12000)\n", "")
+
+
+@pytest.mark.parametrize("form", ["AVIF", "TIFF"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_image_with_any_wrong_byte_is_read_or_refused(file, form):
+    Image.init()
+    if form not in Image.SAVE:
+        pytest.skip("Pillow was built without it")
+    whole = as_bytes(picture(width=9, height=7), form)
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1
+        try:
+            check_image(file(bytes(content)), WHERE)
+        except DataError as error:
+            assert error.where == WHERE
 
 
 LIMITS = PixelLimits(

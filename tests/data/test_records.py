@@ -68,7 +68,7 @@ def test_missing_file_is_named_with_its_whole_path(tmp_path, monkeypatch):
     error = error_of("nothing.json")
     assert error.where == str(tmp_path / "nothing.json")
     assert error.what == "there is no such file."
-    assert error.fix == "check data_path; it is relative to where you start."
+    assert error.fix == "check the path; it is relative to where you start."
 
 
 def test_directory_is_refused(tmp_path):
@@ -173,3 +173,11 @@ def test_json_without_one_list_of_records_is_refused(tmp_path, text):
 def test_whatever_stands_in_the_list_is_handed_on(tmp_path):
     path = write(tmp_path, "d.json", '[5, null, "a"]')
     assert list(read_records(path)) == [(1, 5), (2, None), (3, "a")]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"id": %s}]' % ("1" * 5000), "[" * 100_000], ids=["int", "deep"]
+)
+def test_json_that_python_cannot_hold_is_refused(tmp_path, text):
+    path = write(tmp_path, "d.json", text)
+    assert error_of(path).where.startswith(str(path))

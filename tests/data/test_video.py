@@ -152,3 +152,50 @@ def test_video_without_frames_is_refused(shortened):
     error = error_of(lambda: check_video(path, WHERE))
     assert (error.what, error.fix) == (f"{path} has no video frames.", "replace or remove it.")
     assert error_of(lambda: read_video(path, WHERE, [0])).what == f"{path} ends before frame 0."
+
+
+def test_frames_hidden_by_a_trim_are_not_counted(av, tmp_path):
+    whole, trimmed = str(tmp_path / "whole.mp4"), str(tmp_path / "trimmed.mp4")
+    with av.open(whole, "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for level in range(20):
+            pixels = np.full((32, 48, 3), 2 * level, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    # What `ffmpeg -ss 2.8 -c copy` does: frames before the start stay in the file, marked hidden.
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(whole) as source, av.open(trimmed, "w", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                shift = round(14 / 5 / packet.time_base)
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(trimmed) as container:
+        shown = sum(1 for _ in container.decode(video=0))
+    assert shown == 6
+    assert check_video(trimmed, WHERE) == (shown, 32, 48)
+
+
+def test_damaged_frame_is_refused(video):
+    path = video("a.avi")
+    start = starts_of_frames(path)[2] + 8
+    content = bytearray(Path(path).read_bytes())
+    content[start : start + 60] = bytes(60)
+    Path(path).write_bytes(content)
+    assert check_video(path, WHERE) == (6, 32, 48)
+    error = error_of(lambda: read_video(path, WHERE, [0, 5]))
+    assert error.what.startswith(f"{path} cannot be decoded: ")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_video_cut_anywhere_is_read_or_refused(video, name):
+    path = video(name)
+    for length in reversed(range(Path(path).stat().st_size)):
+        os.truncate(path, length)
+        try:
+            read_video(path, WHERE, range(check_video(path, WHERE)[0]))
+        except DataError as error:
+            assert error.where == WHERE

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -120,6 +121,77 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(mode, launch
     assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
 
 
+def test_whole_steps_without_images_count_alike_in_one_process_and_two(launch, losses, tmp_path):
+    records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
+    with_image = [r for r in records if "image" in r][:8]
+    text_only = [r for r in records if "image" not in r][:8]
+    # Two samples a step: images, images, text, text, ...
+    steps = [r for i in range(0, 8, 2) for r in with_image[i : i + 2] + text_only[i : i + 2]]
+    data = tmp_path / "steps.json"
+    data.write_text(json.dumps(steps), "utf-8")
+    keys = {"data_path": data, "max_steps": 8, "dataloader_shuffle": "false"}
+    one, alone = launch(1, name="alone", per_device_train_batch_size=2, **keys)
+    two, split = launch(2, name="split", per_device_train_batch_size=1, **keys)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_text_alone_trains_with_a_frozen_language_model(launch, tmp_path):
+    records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps([r for r in records if "image" not in r]), "utf-8")
+    done, _ = launch(max_steps=1, freeze_llm="true", data_path=data)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_process, launch, losses):
+    done, folder = launch(
+        2,
+        name="accumulated",
+        max_steps=8,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        dataloader_num_workers=2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 = 4 per device x 2 accumulation x 2 processes" in done.stderr
+    assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
+
+
+def test_videos_and_frames_train_in_one_process_and_two(launch, losses, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(12):
+            frame = Image.new("RGB", (64, 48), (20 * level,) * 3)
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    turns = [{"from": "human", "value": "<video>\nBrighter?"}, {"from": "gpt", "value": "Yes."}]
+    frames = [f"digit_000{i}.png" for i in range(3)]
+    records = [
+        {"id": "file", "video": str(tmp_path / "clip.mp4"), "conversations": turns},
+        {"id": "frames", "video_frames": frames, "conversations": turns},
+    ]
+    data = tmp_path / "video.json"
+    data.write_text(json.dumps(records), "utf-8")
+    keys = {"data_path": data, "max_steps": 3, "dataloader_shuffle": "false", "max_frames": 4}
+    keys |= {"min_frames": 2, "video_min_pixels": 4096, "video_max_pixels": 4096}
+    one, alone = launch(1, name="alone", per_device_train_batch_size=2, **keys)
+    two, split = launch(2, name="split", per_device_train_batch_size=1, **keys)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
+
+
+def test_half_precision_in_an_old_config_loses_no_update(one_process, launch, losses):
+    done, folder = launch(name="half", max_steps=8, torch_dtype="bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "note: torch_dtype bfloat16: the model computes in it" in done.stderr
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert losses(folder) == pytest.approx(losses(one_process[1]), abs=0.05)
+
+
 def test_frozen_parts_do_not_move(launch, tiny_ovis):
     done, folder = launch(max_steps=2, freeze_llm="true", freeze_vision_tower="true", name="frozen")
     assert done.returncode == 0, done.stderr
@@ -159,7 +231,6 @@ def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, lo
         gradient_checkpointing="true",
         tf32="true",
     )
-    # The preset names model_path too; the two agree in nothing but meaning.
     assert done.returncode == 0, done.stderr
     for line in (
         "note: visual_vocab_size has no effect",
@@ -173,7 +244,10 @@ def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, lo
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "eval_loss" in e] == [2, 4]
     assert sorted(f.name for f in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert json.loads((folder / "config.json").read_text("utf-8"))["use_cache"] is True
     run = json.loads((folder / "vlmtune_run.json").read_text("utf-8"))
+    assert run["training_arguments"]["learning_rate"] == 0.001
+    assert run["processes"] == 1
     assert run["config"]["eval_steps"] == 0.5
     assert run["versions"]["transformers"]
 
@@ -220,6 +294,23 @@ def test_a_save_killed_on_the_way_leaves_no_folder_that_looks_finished(tiny_ovis
     )
     assert done.returncode == -signal.SIGKILL
     assert not (folder / "config.json").exists()
+
+
+def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(one_process, launch):
+    first, folder = launch(name="first", max_steps=8, save_strategy="steps", save_steps=4)
+    assert first.returncode == 0, first.stderr
+    second, resumed = launch(
+        name="second", max_steps=8, resume_from_checkpoint=folder / "checkpoint-4"
+    )
+    assert second.returncode == 0, second.stderr
+    whole, ours = (load_file(f / "model.safetensors") for f in (one_process[1], resumed))
+    assert all(torch.equal(whole[name], ours[name]) for name in whole)
+
+
+def test_zero_2_runs_in_one_process_without_torchrun(one_process, launch, losses):
+    done, folder = launch(1, name="alone", max_steps=8, deepspeed="configs/zero/zero2.json")
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
 
 
 def test_zero_1_and_3_give_the_losses_and_files_of_one_process(one_process, launch, losses):

@@ -164,11 +164,9 @@ def test_gradient_tensors_equal_the_reference(ours, golden, case, suffix):
     assert len(expected) >= 11 or suffix == "_text_only_eval"
     for name, gradient in expected.items():
         found = model.get_parameter(name).grad
-        if found is None:  # text only: the reference runs an unseen image times zero
-            assert suffix == "_text_only_train" and gradient.count_nonzero() == 0, name
-        else:
-            error = (found - gradient).norm() / gradient.norm()
-            assert error <= 1e-4, (name, error)
+        assert found is not None, name
+        error = (found - gradient).norm()
+        assert error <= 1e-4 * gradient.norm(), (name, error)
 
 
 @every_run
@@ -251,21 +249,17 @@ def test_unseen_image_never_reads_an_overflow(golden, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("processes", "training", "zero3", "expected"),
+    ("training", "zero3", "expected"),
     [
-        pytest.param(None, True, True, False, id="not-distributed"),
-        pytest.param(1, True, True, False, id="one-process"),
-        pytest.param(2, True, False, True, id="training"),
-        pytest.param(2, False, False, False, id="evaluating"),
-        pytest.param(2, False, True, True, id="evaluating-under-zero3"),
+        pytest.param(True, False, True, id="training"),
+        pytest.param(False, False, False, id="evaluating"),
+        pytest.param(False, True, True, id="evaluating-under-zero3"),
     ],
 )
-def test_text_only_batch_runs_the_vision_side_only_where_other_ranks_wait(
-    ours, monkeypatch, processes, training, zero3, expected
+def test_text_only_batch_runs_the_vision_side_in_training_and_where_other_ranks_wait(
+    ours, monkeypatch, training, zero3, expected
 ):
     model = ours("full_single_untied", "_text_only_eval").model
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: processes is not None)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: processes)
     monkeypatch.setattr(
         "vlmtune.models.ovis2_5.modeling_ovis2_5.is_deepspeed_zero3_enabled", lambda: zero3
     )
