@@ -58,7 +58,7 @@ class SampleEncoder:
         images = [(1, *check_image(f, where("image"))) for f in conversation.images]
         frames = [check_image(f, where("video_frames")) for f in conversation.frames]
         if frames:
-            return [(len(frames), *frames[0])]
+            return [(len(frames), *frames[self._indices(len(frames))[0]])]
         if conversation.video:
             size = check_video(conversation.video, where("video"))
             read_video(conversation.video, where("video"), self._indices(size[0]))
@@ -111,8 +111,7 @@ class SampleEncoder:
             count = len(conversation.frames)
             files = [conversation.frames[i] for i in self._indices(count)]
             frames = [open_image(f, where("video_frames")) for f in files]
-            with open_image(conversation.frames[0], where("video_frames")) as first:
-                return [frames], [(count, first.height, first.width)]
+            return [frames], [(count, frames[0].height, frames[0].width)]
         images = [open_image(f, where("image")) for f in conversation.images]
         return [[image] for image in images], [(1, image.height, image.width) for image in images]
 

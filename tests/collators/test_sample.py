@@ -55,6 +55,21 @@ def test_check_tells_frames_height_and_width_of_each_medium(make_encoder, questi
     assert make_encoder().check_files(parse(question, "5", **media)) == sizes
 
 
+def test_first_frame_taken_sets_the_size_even_if_it_is_not_the_first_of_the_video(make_encoder):
+    # Of twelve frames three are taken, from the third on; the first two have another size.
+    files = ["tiny_2x2.png"] * 2 + ["grad_40x70.png"] * 10
+    encoder = make_encoder(min_frames=2, max_frames=3, video_max_pixels=4096)
+    conversation = parse("<video>", "5", video_frames=files)
+    sample = encoder.load(conversation)
+    [(begin, end)] = sample.encoded.media
+    frames, rows, columns = sample.grids[0]
+    assert (frames, rows, columns) == (3, 10, 18)
+    assert end - begin - 2 == 3 * 10 * 18 // 4
+    sizes = encoder.check_files(conversation)
+    assert sizes == [(12, 40, 70)]
+    assert encoder.encode(conversation, sizes) == sample.encoded
+
+
 @pytest.mark.parametrize(
     ("question", "media"),
     [
