@@ -12,7 +12,7 @@ class VLMSFTTrainer(SFTTrainer):
     """TRL's trainer with its fused head and token metrics, on batches of our collator.
 
     `SFTConfig` must carry `skip_prepare_dataset` and `remove_unused_columns=False`, as
-    `sft.train.training_arguments` sets them: the rows are tokenized by the collator.
+    `sft.arguments.training_arguments` sets them: the rows are tokenized by the collator.
     """
 
 

@@ -3,7 +3,7 @@
 import pytest
 from trl.trainer.sft_config import SFTConfig
 
-from vlmtune.sft.train import schedule
+from vlmtune.sft.plan import schedule
 
 
 @pytest.mark.parametrize(
