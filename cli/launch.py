@@ -1,8 +1,8 @@
 """`train_launch.sh [CONFIG] [N] [standard|trl] [--key value ...]`: training on N processes.
 
 N left out or 0 means all GPUs of this machine, one process without any. Without a mode the config's
-`trainer` counts, or else the standard one. `NNODES`, `NODE_RANK`,
-`MASTER_ADDR` and `MASTER_PORT` are respected for several machines.
+`trainer` counts, or else the standard one. `NNODES`, `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT`
+are respected for several machines.
 """
 
 import logging
@@ -21,7 +21,6 @@ class Launch:
     """How many processes (0: all GPUs) run `vlmtune train` with which words after it."""
 
     processes: int
-    mode: str | None
     train_words: list[str]
 
 
@@ -37,7 +36,7 @@ def parse_launch(argv: Sequence[str]) -> Launch:
         else:
             words.append(word)
     trainer = ["--trainer", mode] if mode else []
-    return Launch(processes, mode, [*words, *trainer, *argv[flags:]])
+    return Launch(processes, [*words, *trainer, *argv[flags:]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

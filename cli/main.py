@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help") or "--help" in words:
+    if not words or {"-h", "--help"} & set(words):
         print(USAGE)
         return 0
     if words[0] == "--version":

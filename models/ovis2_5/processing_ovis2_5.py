@@ -73,15 +73,15 @@ class Ovis2_5Processor(ProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Writes the published layout: preprocessor_config.json and the tokenizer's files."""
         folder = Path(save_directory)
+        if push_to_hub:
+            raise ModelError(
+                str(folder), "push_to_hub is not done by the processor.", "upload the saved folder."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.image_processor.to_json_file(folder / PREPROCESSOR_FILE)
         template, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
         files = self.tokenizer.save_pretrained(save_directory)
         self.tokenizer.chat_template = template
-        if push_to_hub:
-            raise ModelError(
-                str(folder), "push_to_hub is not done by the processor.", "upload the saved folder."
-            )
         return [*files, str(folder / PREPROCESSOR_FILE)]
 
     def control_id(self, token: str) -> int:

@@ -231,7 +231,7 @@ def test_debug_shows_the_traceback(tmp_path):
         assert 'did you mean "seed"?' in done.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], []])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "-h"], []])
 def test_help_answers_without_torch(words):
     code = (
         "import sys\nfrom vlmtune.cli.main import main\n"

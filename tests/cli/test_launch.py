@@ -1,5 +1,6 @@
 """`train_launch.sh [CONFIG] [N] [standard|trl] [--key value ...]`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,19 @@ def test_config_error_is_told_once_before_processes_start():
     assert done.returncode == 1
     assert done.stderr.count("ConfigError") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_without_config_file_count_and_gpu_one_process_trains(checkpoint, tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
+    words = ["--model_path", checkpoint(), "--data_path", tmp_path / "train.json", "--max_steps=1"]
+    words += ["--output_dir", tmp_path / "out", "--report_to", "none", "--use_cpu"]
+    done = launch("trl", *map(str, words), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "8 per device x 1 accumulation x 1 processes" in done.stderr
+    assert "trainer  trl" in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

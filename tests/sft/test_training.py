@@ -252,6 +252,33 @@ def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, lo
     assert run["versions"]["transformers"]
 
 
+def test_two_processes_evaluate_and_keep_the_best_model(launch):
+    done, folder = launch(
+        2,
+        name="best",
+        max_steps=4,
+        per_device_train_batch_size=8,
+        eval_data_path="sample_data/eval.json",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end="true",
+    )
+    assert done.returncode == 0, done.stderr
+    state = json.loads((folder / "trainer_state.json").read_text("utf-8"))
+    assert state["best_global_step"] == 4
+    best, saved = (load_file(f / "model.safetensors") for f in (folder / "checkpoint-4", folder))
+    assert all(torch.equal(best[name], saved[name]) for name in saved)
+
+
+def test_evaluation_alone_trains_and_writes_no_model(launch):
+    done, folder = launch(name="judged", do_train="false", eval_data_path="sample_data/eval.json")
+    assert done.returncode == 0, done.stderr
+    assert "Evaluation: loss 5." in done.stderr
+    assert not (folder / "config.json").exists()
+
+
 def test_bad_samples_are_skipped_and_listed_with_their_reason(launch, tmp_path):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))[:40]
     with_image = [r for r in records if isinstance(r.get("image"), str)]
