@@ -138,7 +138,7 @@ class Ovis2_5Config(PreTrainedConfig):
                 output[key]["torch_dtype"] = given["torch_dtype"]
         for key in ("vocab_size", "num_attention_heads", "max_position_embeddings"):
             if key in output:
-                output[key] = getattr(self.llm_config, key)
+                output[key] = getattr(self.llm_config, key, output[key])
         return {**output, "architectures": ["Ovis2_5"], "model_type": self.model_type}
 
 
@@ -149,10 +149,7 @@ def _published(
     names of transformers 4, which the published files and serving engines use."""
     now, defaults = config.to_dict(), type(config).default_config_fields()
     for values in (now, diff):
-        rope = dict(values.pop("rope_parameters", None) or {})
-        if rope:
-            values["rope_theta"] = rope.pop("rope_theta")
-            values["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+        _rename_rope(config, values)
         if dtype := values.pop("dtype", None):
             values["torch_dtype"] = dtype
     if set(now.get("layer_types") or ()) == {"full_attention"}:
@@ -160,6 +157,24 @@ def _published(
     if source:
         diff = {k: v for k, v in diff.items() if k != "torch_dtype" and v != defaults.get(k)}
     return {**diff, **{key: now.get(key, value) for key, value in source.items()}}
+
+
+def _rename_rope(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Replace `rope_parameters` by `rope_theta` and `rope_scaling`, unless this kind of model
+    would read them back as something else, as GPT-NeoX or one with a set per layer type."""
+    scaling = dict(values.get("rope_parameters") or {})
+    if "rope_theta" not in scaling:
+        return
+    theta = scaling.pop("rope_theta")
+    old = {
+        "rope_theta": theta,
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+    }
+    others = {key: value for key, value in values.items() if key != "rope_parameters"}
+    again = type(config)(**copy.deepcopy({**others, **old}))
+    if again.to_dict()["rope_parameters"] == values["rope_parameters"]:
+        del values["rope_parameters"]
+        values.update(old)
 
 
 class OvisConfig(Ovis2_5Config):

@@ -66,7 +66,8 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     _supports_flash_attn = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["Siglip2EncoderLayer", "Qwen3DecoderLayer"]
+    # transformers adds those of the language model.
+    _no_split_modules: ClassVar[list[str]] = ["Siglip2EncoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: Ovis2_5Config):
@@ -85,9 +86,10 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         return loaded
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        if state_dict is not None and self.config.llm_config.tie_word_embeddings:
+        if state_dict is not None:
             # ZeRO-1 and 2 hand over the tied head as a tensor of its own.
-            state_dict = {k: v for k, v in state_dict.items() if k != "llm.lm_head.weight"}
+            tied = self.all_tied_weights_keys
+            state_dict = {k: v for k, v in state_dict.items() if k not in tied}
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def _freeze_unused(self) -> None:
@@ -96,6 +98,13 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
     @property
     def base_model(self) -> Backbone:
         return Backbone(self)
+
+    @property
+    def module_aliases(self) -> dict[str, str]:
+        """Short names of parts, beside their module paths, for `train_modules`."""
+        last = self.config.vit_config.num_hidden_layers - 1
+        layers = "visual_tokenizer.vit.vision_model.encoder.layers"
+        return {"visual_tokenizer.vit.last_block": f"{layers}.{last}"}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()

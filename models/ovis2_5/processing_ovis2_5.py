@@ -90,7 +90,7 @@ class Ovis2_5Processor(ProcessorMixin):
         Raises:
             ModelError: the tokenizer has no such token.
         """
-        index = self.tokenizer.get_vocab().get(token)
+        index = self._added_ids.get(token)
         if index is None:
             raise ModelError(
                 f"tokenizer of {self.tokenizer.name_or_path!r}",
@@ -107,11 +107,22 @@ class Ovis2_5Processor(ProcessorMixin):
             pieces.append(text[start : found.start() + 1])
             start = found.start() + 1
         pieces.append(text[start:])
-        return [i for p in pieces for i in self.tokenizer(p, add_special_tokens=False)["input_ids"]]
+        return [index for piece in pieces for index in self._ids(piece)]
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of text inside a chat. SentencePiece tokenizers put a space before what starts a
+        text, so it is read behind a turn's first token, as a whole rendered chat would be."""
+        ids = self.tokenizer(self.turn_start + text, add_special_tokens=False)["input_ids"]
+        return ids[ids.index(self.control_id(self.turn_start)) + 1 :]
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return self.tokenizer.get_added_vocab()
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        tokens = set(self.tokenizer.get_added_vocab()) - CONTENT_TAGS
+        # Some tokenizers add runs of spaces, which are text.
+        tokens = {token for token in self._added_ids if token.strip()} - CONTENT_TAGS
         return re.compile("|".join(map(re.escape, sorted(tokens))) or r"(?!)")
 
     def visual_ids(self, tokens: int, *, video: bool = False) -> list[int]:
@@ -161,10 +172,9 @@ class Ovis2_5Processor(ProcessorMixin):
         rows = []
         for one in texts:
             first, *rest = one.split(mark) if media else [one]
-            ids = self.tokenizer(first, add_special_tokens=False)["input_ids"]
+            ids = self._ids(first)
             for chunk in rest:
-                ids += next(blocks)
-                ids += self.tokenizer(chunk, add_special_tokens=False)["input_ids"]
+                ids += [*next(blocks), *self._ids(chunk)]
             rows.append(ids)
         longest = max(map(len, rows), default=0)
         pad = self.tokenizer.pad_token_id
