@@ -1,5 +1,6 @@
 # make quickstart   train a tiny Ovis2.5 on sample_data and score it
-# make test         the whole CPU test suite, offline
+# make test         the CPU test suite, offline
+# make test-all     the same with the long tests
 # make lint         ruff and pyright
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-all lint
 
 # One thread: matrices this small make more threads wait for each other.
 quickstart: $(READY)
@@ -18,6 +19,9 @@ quickstart: $(READY)
 	$(RUN) python scripts/score_quickstart.py --model outputs/quickstart/model
 
 test: $(READY)
+	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m "not long"
+
+test-all: $(READY)
 	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest
 
 lint: $(READY)

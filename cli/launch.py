@@ -2,18 +2,26 @@
 
 N left out or 0 means all GPUs of this machine, one process without any. Without a mode the config's
 `trainer` counts, or else the standard one. `NNODES`, `NODE_RANK`, `MASTER_ADDR` and `MASTER_PORT`
-are respected for several machines.
+are respected for several machines; each stage of a recipe (`--stage NAME`, `--stage all`) takes the
+port after that of the stage before. SIGTERM and SIGUSR1 stop a run at its next step with a
+checkpoint; the exit code is then 75.
 """
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 from ..configs.load import load_config
+from ..configs.stages import ALL, read_recipe
+from ..core.checkpoints import RESUMABLE
 from ..core.errors import ConfigError, VLMTuneError
 from .main import main as vlmtune
+from .signals import STOP_SIGNALS, handling, leave, stop_workers
+from .stages import open_stage, run_stages
 
 
 @dataclass(frozen=True)
@@ -46,24 +54,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     debug = "--debug" in words
+    given = [word for word in words if word != "--debug"]
     try:
-        config = load_config([word for word in words if word != "--debug"])
-        nodes = _nodes()
+        nodes, port = _number("NNODES", 1), _number("MASTER_PORT", 29500)
+        recipe = read_recipe(given)
+        if recipe and recipe.requested == ALL:
+            command = [sys.executable, "-m", "vlmtune.cli.launch", str(launch.processes)]
+            return run_stages(recipe, command, ["--debug"] if debug else [])
+        config = open_stage(recipe) if recipe else load_config(given)
     except VLMTuneError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if config is None:
+        return 0
     if "trainer" not in config.sources:
         words = [*words, "--trainer", "standard"]
     processes = launch.processes or _gpus() or 1
     if processes * nodes == 1:
         return vlmtune(["train", *words])
-    return _torchrun(processes, nodes, words, debug)
+    if recipe:
+        # So that a stage cannot meet what is left of the one before.
+        port += recipe.names.index(recipe.requested)
+    worker = ["-m", "vlmtune.cli.main", "train", *words]
+    code = torchrun(processes, nodes, port, worker, debug)
+    if code == RESUMABLE:
+        again = ["scripts/train_launch.sh", str(processes), *words, "--resume_from_checkpoint"]
+        print(f"Stopped by a signal. Go on with: {shlex.join([*again, 'auto'])}", file=sys.stderr)
+    return code
 
 
-def _nodes() -> int:
-    value = os.environ.get("NNODES", "1")
-    if not value.isdigit() or value == "0":
-        raise ConfigError("environment variable NNODES", f'is "{value}"', "set 1 or more")
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdigit() or int(value) == 0:
+        raise ConfigError(f"environment variable {variable}", f'is "{value}"', "set 1 or more")
     return int(value)
 
 
@@ -73,8 +96,24 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _torchrun(processes: int, nodes: int, words: Sequence[str], debug: bool) -> int:
+def torchrun(processes: int, nodes: int, port: int, worker: Sequence[str], debug: bool) -> int:
+    """Run `worker`, words after `python`, under torchrun.
+
+    Of SIGTERM and SIGUSR1, workers get SIGUSR1, and as long as their saving takes: torchrun itself
+    would kill them 30 s after a SIGTERM.
+
+    Args:
+        processes: On each of `nodes` machines.
+        port: Of MASTER_ADDR, where several machines meet.
+        debug: Show torchrun's own log lines.
+
+    Returns:
+        0, 1 after an error, or 75 when a signal stopped the workers and they can be resumed.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
     if not debug:
@@ -87,12 +126,34 @@ def _torchrun(processes: int, nodes: int, words: Sequence[str], debug: bool) -> 
             f"--nnodes={nodes}",
             f"--node_rank={os.environ.get('NODE_RANK', '0')}",
             f"--master_addr={os.environ.get('MASTER_ADDR', '127.0.0.1')}",
-            f"--master_port={os.environ.get('MASTER_PORT', '29500')}",
+            f"--master_port={port}",
         ]
-    worker = ["-m", "vlmtune.cli.main", "train", *words]
+    options = [f"--nproc_per_node={processes}", "--signals_to_handle=SIGINT,SIGHUP,SIGQUIT"]
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        if not stop_workers():
+            leave(number, frame)
+
     try:
-        run(parse_args([*rendezvous, f"--nproc_per_node={processes}", *worker]))
+        with handling(stop):
+            run(parse_args([*rendezvous, *options, *worker]))
+    except (DistError, RendezvousError) as error:
+        print(
+            f"The processes cannot meet: {' '.join(str(error).split())}\n"
+            "  Fix: see that MASTER_ADDR can be reached, that NNODES launchers run, and that "
+            f"MASTER_PORT {port} is free",
+            file=sys.stderr,
+        )
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if RESUMABLE in codes or (stopped and codes <= {-number for number in STOP_SIGNALS}):
+            return RESUMABLE
         failed, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(f"rank {failed} was killed by signal {-failure.exitcode}", file=sys.stderr)

@@ -2,19 +2,26 @@
 
 import sys
 from collections.abc import Sequence
+from signal import SIGUSR1
 
 from .. import __version__
 from ..configs.load import load_config
-from ..core.distributed import rank
-from ..core.errors import DataError, VLMTuneError
+from ..configs.stages import ALL, read_recipe
+from ..core.distributed import rank, watched_by_torchrun
+from ..core.errors import DataError, TrainingError, VLMTuneError
 from ..core.logging import quiet_hosts
+from .signals import STOP_SIGNALS, handling, leave
+from .stages import open_stage, run_stages
 
 USAGE = """\
 usage: vlmtune train [CONFIG] [--key value ...] [--debug]
+       vlmtune train RECIPE --stage NAME|all [--key value ...] [--debug]
+       vlmtune models build-ovis2_5 --llm MODEL --vit MODEL --output FOLDER
 
 Fine-tune a vision-language model on LLaVA-style JSON.
 
   CONFIG           JSON or YAML file; every key of it is also a flag
+  RECIPE           the same with "stages"; a finished stage is skipped, a stopped one resumed
   --key value      overrides the file; TrainingArguments and SFTConfig names work unchanged
   --debug          show the traceback of an error
   --version        print the version
@@ -24,8 +31,9 @@ A run needs at least model_path, data_path and output_dir:
   vlmtune train --model_path AIDC-AI/Ovis2.5-2B --data_path train.json \\
       --image_folder images --output_dir outputs/run1
 
-On several GPUs: scripts/train_launch.sh CONFIG N trl
-All keys: docs/config.md
+On several GPUs: scripts/train_launch.sh CONFIG N trl, scripts/stage_configs.sh RECIPE all N
+Exit code: 0; 1 after an error; 75 when a signal stopped the run and it can be resumed
+All keys: docs/config.md, stages: docs/stages.md, SLURM: docs/slurm.md
 """
 
 
@@ -33,34 +41,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if not words or {"-h", "--help"} & set(words):
+    building = words[:2] == ["models", "build-ovis2_5"]
+    if not building and (not words or {"-h", "--help"} & set(words)):
         print(USAGE)
         return 0
     if words[0] == "--version":
         print(f"vlmtune {__version__}")
         return 0
+    if not building and words[0] != "train":
+        command = " ".join(words[:2]) if words[0] == "models" else words[0]
+        print(f'vlmtune: unknown command "{command}"\n\n{USAGE}', file=sys.stderr)
+        return 1
     try:
-        if words[0] != "train":
-            print(f'vlmtune: unknown command "{words[0]}"\n\n{USAGE}', file=sys.stderr)
-            return 1
-        train(words[1:])
+        if building:
+            from .build import main as build
+
+            build(words[2:])
+            return 0
+        return train(words[1:], debug)
     except VLMTuneError as error:
         if debug:
             raise
-        # Settings and checkpoints are wrong on every rank alike; data may be on one alone.
-        if rank() == 0 or isinstance(error, DataError):
+        # Settings and checkpoints are wrong on every rank alike; the others may be on one alone.
+        if rank() == 0 or isinstance(error, DataError | TrainingError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def train(argv: Sequence[str]) -> None:
-    config = load_config(argv)
+def train(argv: Sequence[str], debug: bool = False) -> int:
+    """Train one config or stage, or all stages of a recipe.
+
+    Returns:
+        0 when the model is saved or was before; for all stages, the first failure's exit code.
+
+    Raises:
+        VLMTuneError: what the user can mend.
+        SystemExit: with 75, when a signal stopped the run and it can be resumed.
+    """
+    recipe = read_recipe(argv)
+    if recipe and recipe.requested == ALL:
+        flags = ["--debug"] if debug else []
+        return run_stages(recipe, [sys.executable, "-m", "vlmtune.cli.main", "train"], flags)
+    config = open_stage(recipe) if recipe else load_config(argv)
+    if config is None:
+        return 0
     quiet_hosts()
-    # Imported here: it takes seconds, and load_config catches most mistakes before.
-    from ..sft.train import run
+    # torchrun ends its workers with SIGTERM when one has failed; they must not outlive it.
+    signals = (SIGUSR1,) if watched_by_torchrun() else STOP_SIGNALS
+    with handling(leave, signals):
+        # Imported here: it takes seconds, and load_config catches most mistakes before.
+        from ..sft.train import run
 
-    run(config)
+        run(config)
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..data.conversation import Conversation
 from .rendering import IGNORE_INDEX
 from .sample import SampleEncoder
+
+REPEATED = "repeated"
+"""Key of a row that only fills a batch: it carries no loss."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class PaddedCollator:
     Returns:
         `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded with the tokenizer's pad
         id, 0 and -100; with any image in the batch also `pixel_values` `[N, features]`, all
-        patches in order, and `grid_thws` `[media, 3]`.
+        patches in order, and `grid_thws` `[media, 3]`. `sample_ids`, a list of text, names the
+        samples that count, for messages; it is not for the model.
 
     Raises:
         DataError: a file changed since it was checked.
@@ -31,19 +34,24 @@ class PaddedCollator:
 
     encoder: SampleEncoder
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         samples = [self.encoder.load(Conversation.from_row(row)) for row in rows]
         encoded = [sample.encoded for sample in samples]
         longest = max(len(e.ids) for e in encoded)
+        labels = [
+            [IGNORE_INDEX] * len(e.ids) if row.get(REPEATED) else e.labels
+            for row, e in zip(rows, encoded, strict=True)
+        ]
         pad = self.encoder.processor.tokenizer.pad_token_id
 
         def padded(values: list[int], filler: int) -> list[int]:
             return values + [filler] * (longest - len(values))
 
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.tensor([padded(e.ids, pad) for e in encoded]),
             "attention_mask": torch.tensor([padded([1] * len(e.ids), 0) for e in encoded]),
-            "labels": torch.tensor([padded(e.labels, IGNORE_INDEX) for e in encoded]),
+            "labels": torch.tensor([padded(row, IGNORE_INDEX) for row in labels]),
+            "sample_ids": [row["id"] for row in rows if not row.get(REPEATED)],
         }
         patches = [p for sample in samples for p in sample.patches]
         if patches:

@@ -3,7 +3,8 @@
 Rules of Ovis2.5: the answer and its `<|im_end|>` are trained, a real think block with its tags
 too; role headers, the empty think block put before an answer without thoughts, media, tool
 responses and the newline between turns are not. The untrained prefix of an answer is, token by
-token, the prompt `render_prompt` makes for it.
+token, the prompt `render_prompt` makes for it. Plain turns, of which captions are made, have no
+header, no think block and no newline; a trained one ends in `<|im_end|>` too.
 
 Source: AIDC-AI/Ovis 2.5.0, `Qwen3ConversationFormatter`.
 """
@@ -15,7 +16,7 @@ from itertools import groupby
 from typing import Literal
 
 from ..core.errors import DataError
-from ..data.conversation import IMAGE_MARK, TOOL_RESPONSE, VIDEO_MARK, Turn
+from ..data.conversation import IMAGE_MARK, PLAIN, TOOL_RESPONSE, VIDEO_MARK, Turn
 from ..models import Ovis2_5Processor
 
 IGNORE_INDEX = -100
@@ -64,11 +65,11 @@ def render(
             `as_is`: nothing is added or removed.
     """
     if thinking == "last_turn":
-        last = max(i for i, turn in enumerate(turns) if turn.trained)
+        last = max((i for i, turn in enumerate(turns) if turn.trained), default=0)
         turns = [_as_history(turn) if i < last else turn for i, turn in enumerate(turns)]
     segments = list(_turns(turns, processor, thinking))
     # The reference drops the newline after an answer that ends the sample.
-    return segments[:-1] if turns[-1].trained else segments
+    return segments[:-1] if turns[-1].trained and turns[-1].role != PLAIN else segments
 
 
 def render_prompt(
@@ -86,6 +87,8 @@ def render_prompt(
     """
     if thinking == "last_turn":
         history = [_as_history(turn) for turn in history]
+    if history and history[-1].role == PLAIN:
+        return list(_turns(history, processor, thinking))
     return [
         *_turns(history, processor, thinking),
         *_header("assistant", processor),
@@ -138,6 +141,11 @@ def _turns(
     turns: Sequence[Turn], processor: Ovis2_5Processor, thinking: Thinking
 ) -> Iterator[Segment]:
     for turn in turns:
+        if turn.role == PLAIN:
+            yield from _body(turn)
+            if turn.trained:
+                yield Segment(processor.turn_end, True, "control")
+            continue
         yield from _header(turn.role, processor)
         if turn.trained and thinking != "as_is" and not _has_think_pair(turn.text):
             yield Segment(processor.empty_think)

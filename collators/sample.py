@@ -82,6 +82,11 @@ class SampleEncoder:
             raise DataError(conversation.where(error.where), error.what, error.fix) from None
         return truncate(encode(segments, self.processor, counts), limit)
 
+    def measure(self, conversation: Conversation, sizes: Sequence[Size]) -> tuple[int, int]:
+        """Tokens and trained tokens of the sample; raises as `encode`."""
+        encoded = self.encode(conversation, sizes)
+        return len(encoded.ids), encoded.trained_tokens
+
     def load(self, conversation: Conversation) -> Sample:
         """The sample with its pixels; media that were cut off are not decoded."""
         media, sizes = self._open(conversation)
@@ -94,7 +99,8 @@ class SampleEncoder:
                     frame.close()
                 continue
             for frame in frames:
-                decode(frame, str(getattr(frame, "filename", "")), where)
+                # An image of a table has no file name.
+                decode(frame, getattr(frame, "filename", "") or f"image {i + 1}", where)
             low, high = self._limits(conversation, size)
             values, grid = self.processor.image_processor.patches(frames, low, high)
             patches.append(values)

@@ -50,7 +50,7 @@ def coerce(value: Any, annotation: str, *, key: str, source: str, from_command_l
             parsed = int(parsed)
     elif isinstance(value, str) and types - {"str"}:
         parsed = _json_of(value, kinds)
-        if types == {"list"} and isinstance(parsed, str):
+        if _is_list_of_strings(kinds) and isinstance(parsed, str):
             parsed = [part.strip() for part in parsed.split("|") if part.strip()]
     if not _fits(parsed, kinds):
         expected = " or ".join(word for kind, word in _EXPECTED.items() if kind in kinds)
@@ -97,10 +97,14 @@ def _json_of(text: str, kinds: set[str]) -> Any:
     return text
 
 
+def _is_list_of_strings(kinds: set[str]) -> bool:
+    return "list" in kinds and "str" not in kinds
+
+
 def _fits(value: Any, kinds: set[str]) -> bool:
     name = "None" if value is None else type(value).__name__
     if name == "int" and "float" in kinds:
         return True
-    if isinstance(value, list) and kinds - {"None"} == {"list"}:
+    if isinstance(value, list) and _is_list_of_strings(kinds):
         return all(isinstance(item, str) and item for item in value)
     return name in kinds and value == value  # NaN differs from itself

@@ -8,6 +8,7 @@ from TRL's own ways of masking. None of the removed keys is a field of transform
 RENAMED: dict[str, tuple[str, ...]] = {
     "ovis_pretrained_path": ("model_path",),
     "model_name_or_path": ("model_path",),
+    "data_info_version": ("datainfo",),
     "dtype": ("torch_dtype",),
     "max_seq_length": ("multimodal_max_length", "text_max_length"),
     "max_length": ("multimodal_max_length", "text_max_length"),
@@ -21,6 +22,11 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "torchdynamo": ("torch_compile_backend",),
 }
 
+# Renamed key -> what changed with its name.
+RENAMED_HOW: dict[str, str] = {
+    "data_info_version": "it is the path of the file; the reference looked a name up in its package"
+}
+
 # Switch -> the key it sets, its value when true, its value when false (None: nothing is set).
 SWITCHES: dict[str, tuple[str, str, str | None]] = {
     "dataloader_shuffle": ("train_sampling_strategy", "random", "sequential"),
@@ -30,8 +36,10 @@ SWITCHES: dict[str, tuple[str, str, str | None]] = {
 
 # Keys with one accepted value -> that value, and what to do instead of another one.
 FIXED: dict[str, tuple[str | bool, str]] = {
-    "train_modules": ("all", "use freeze_llm / freeze_vision_tower"),
-    "data_type": ("conversation", "write the samples as conversations"),
+    "data_type": (
+        "conversation",
+        'name the set in datainfo, with its "data_format": "caption"',
+    ),
     "packing": (False, "leave it out: samples are padded"),
     "eval_packing": (False, "leave it out: samples are padded"),
     "padding_free": (False, "leave it out: samples are padded"),
@@ -40,7 +48,7 @@ FIXED: dict[str, tuple[str | bool, str]] = {
     "pad_token": ("", "leave it out: the tokenizer's own pad token is used"),
 }
 
-_CHECKPOINT = "the checkpoint's own config rules"
+CHECKPOINT = "the checkpoint's own config rules"
 _UNUSED = "the reference never used it either"
 _MASKS = "which tokens carry loss follows from rendering the conversation"
 _COLLATOR = "our collator reads the records itself"
@@ -48,21 +56,16 @@ _GONE = "transformers no longer has it"
 
 # Accepted without effect -> why.
 NO_EFFECT: dict[str, str] = {
-    "train_modules": "all modules are trained unless freeze_llm or freeze_vision_tower is set",
-    "llm_name_or_path": _CHECKPOINT,
-    "vit_name_or_path": _CHECKPOINT,
-    "visual_vocab_size": _CHECKPOINT,
-    "conversation_formatter_class": _CHECKPOINT,
-    "vit_hidden_stride": _CHECKPOINT,
-    "vit_window_size": _CHECKPOINT,
-    "vit_temporal_patch_size": _CHECKPOINT,
-    "vit_fullatt_block_indexes": _CHECKPOINT,
-    "vit_preserve_original_pe": _CHECKPOINT,
-    "vit_use_rope": _CHECKPOINT,
-    "data_name": "it is a label only; the files are named in data_path",
-    "data_type": "conversations are the only type",
-    "data_info_version": "the files are named in data_path",
-    "stage": "every run is supervised fine-tuning",
+    "conversation_formatter_class": CHECKPOINT,
+    "vit_hidden_stride": CHECKPOINT,
+    "vit_window_size": CHECKPOINT,
+    "vit_temporal_patch_size": CHECKPOINT,
+    "vit_fullatt_block_indexes": CHECKPOINT,
+    "vit_preserve_original_pe": CHECKPOINT,
+    "vit_use_rope": CHECKPOINT,
+    "data_name": "the data is named in data_path",
+    "data_type": "conversations are read as such without it",
+    "stage": "only a recipe, a config with stages, has them",
     "cache_dir": _UNUSED,
     "monitor_step": "there is no callback that prints whole tensors",
     "model_init_seed": f"{_UNUSED}; seed rules",

@@ -7,23 +7,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..core.checkpoints import latest_checkpoint
 from ..core.errors import ConfigError
 from .coercion import coerce
 from .host_fields import host_fields
-from .legacy import FIXED, NO_EFFECT, RENAMED, SWITCHES
-from .schema import DataConfig, ModelConfig, RunConfig, annotations_of
+from .legacy import CHECKPOINT, FIXED, NO_EFFECT, RENAMED, RENAMED_HOW, SWITCHES
+from .schema import DataConfig, LoopConfig, ModelConfig, RunConfig, annotations_of
 
 COMMAND_LINE = "command line"
 
-_REQUIRED = {
+_EXAMPLES = {
     "model_path": '"model_path": "AIDC-AI/Ovis2.5-2B"',
+    "llm_name_or_path": '"llm_name_or_path": "Qwen/Qwen3-1.7B"',
+    "vit_name_or_path": '"vit_name_or_path": "google/siglip2-so400m-patch16-512"',
     "data_path": '"data_path": "data/train.json"',
     "output_dir": '"output_dir": "outputs/run1"',
 }
 
 
 def load_config(argv: Sequence[str]) -> RunConfig:
-    """Resolve what follows `vlmtune train`.
+    """Resolve what follows `vlmtune train`, for a config without stages.
 
     Args:
         argv: An optional config file (.json, .yaml, .yml), then `--key value`, `--key=value` or a
@@ -32,33 +35,99 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: a file that cannot be read, an unknown or missing key, or a wrong value.
     """
+    layers = read_layers(argv)
+    notes: list[str] = []
+    return combine(resolve_layers(layers, notes), notes, where=next(iter(layers)))
+
+
+def combine(layers: dict[str, dict[str, Any]], notes: list[str], where: str) -> RunConfig:
+    """Resolved layers, the weakest first, as one run; `where` is named when a key is missing."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    notes: list[str] = []
-    layers = _read_layers(argv)
     for source, layer in layers.items():
-        resolved = _resolve(layer, source, notes)
-        values.update(resolved)
-        sources.update(dict.fromkeys(resolved, source))
-    _fold_min_lr_rate(values, sources, notes)
-
-    missing = [key for key in _REQUIRED if not values.get(key)]
-    if missing:
-        raise ConfigError(
-            next(iter(layers)),
-            f"missing: {', '.join(missing)}",
-            f"add {', '.join(_REQUIRED[key] for key in missing)}",
-        )
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    _fold_min_lr_rate(values, sources, notes, list(layers))
+    _check_required(values, where)
+    _check_together(values, sources)
+    _drop_parts_of_a_new_model(values, sources, notes)
+    _resume_automatically(values, sources, notes)
     try:
         model = ModelConfig(**_take(values, annotations_of(ModelConfig)))
         data = DataConfig(**_take(values, annotations_of(DataConfig)))
+        loop = LoopConfig(**_take(values, annotations_of(LoopConfig)))
     except ConfigError as error:
         source = sources.get(error.where, "default")
         raise ConfigError(f"{source}, {error.where}", error.what, error.fix) from None
-    return RunConfig(model, data, values, sources, list(dict.fromkeys(notes)))
+    return RunConfig(model, data, loop, values, sources, list(dict.fromkeys(notes)))
 
 
-def _read_layers(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _check_required(values: dict[str, Any], where: str) -> None:
+    parts = ["llm_name_or_path", "vit_name_or_path"]
+    from_parts = not values.get("model_path") and any(values.get(key) for key in parts)
+    required = [*(parts if from_parts else ["model_path"]), "data_path", "output_dir"]
+    missing = [key for key in required if not values.get(key)]
+    if missing:
+        raise ConfigError(
+            where,
+            f"missing: {', '.join(missing)}",
+            f"add {', '.join(_EXAMPLES[key] for key in missing)}",
+        )
+
+
+def _check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
+    if values.get("base_learning_rate") is not None and "learning_rate" in values:
+        raise ConfigError(
+            f"{sources['base_learning_rate']}, base_learning_rate",
+            f"learning_rate is given too, in {sources['learning_rate']}",
+            "keep one: base_learning_rate is scaled to the batch, learning_rate is used as it is",
+        )
+    order = values.get("train_sampling_strategy", "random")
+    for key in ("streaming", "mix"):
+        if values.get(key) and order != "random":
+            raise ConfigError(
+                f"{sources['train_sampling_strategy']}, train_sampling_strategy",
+                f'"{order}" does not go with {key}, which has an order of its own',
+                f"leave train_sampling_strategy or {key} out",
+            )
+    if values.get("streaming") and values.get("mix"):
+        raise ConfigError(
+            f"{sources['mix']}, mix",
+            "a stream does not know how many records a set has",
+            "leave streaming or mix out",
+        )
+    if values.get("streaming") and values.get("max_steps", -1) < 1:
+        raise ConfigError(
+            f"{sources['streaming']}, streaming",
+            "a stream has no known end, and max_steps is not given",
+            'add "max_steps": the number of optimizer steps',
+        )
+
+
+def _drop_parts_of_a_new_model(
+    values: dict[str, Any], sources: dict[str, str], notes: list[str]
+) -> None:
+    for key in ("llm_name_or_path", "vit_name_or_path", "visual_vocab_size"):
+        if values.get("model_path") and values.pop(key, None):
+            del sources[key]
+            notes.append(f"{key} has no effect: {CHECKPOINT}")
+
+
+def _resume_automatically(
+    values: dict[str, Any], sources: dict[str, str], notes: list[str]
+) -> None:
+    """Replace resume_from_checkpoint "auto" by true where there is something to resume from."""
+    if values.get("resume_from_checkpoint") != "auto":
+        return
+    newest = latest_checkpoint(Path(values["output_dir"]).expanduser())
+    if newest:
+        values["resume_from_checkpoint"] = True
+        notes.append(f"resumes from {newest}")
+    else:
+        del values["resume_from_checkpoint"], sources["resume_from_checkpoint"]
+
+
+def read_layers(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Source -> its raw keys, the weakest source first."""
     rest = list(argv)
     layers = {}
@@ -155,13 +224,28 @@ def _reject_duplicates(keys: Iterable[Any], where: str) -> None:
 @cache
 def _annotations() -> dict[str, str]:
     """Every key under its present name -> annotation text."""
-    known = host_fields() | annotations_of(ModelConfig) | annotations_of(DataConfig)
+    known = dict(host_fields())
+    for own in (ModelConfig, DataConfig, LoopConfig):
+        known |= annotations_of(own)
     known["min_lr_rate"] = "float | None"
     return {key: known[key] for key in known if key not in RENAMED and key not in NO_EFFECT}
 
 
-def _resolve(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
-    """One source's keys under their present names, with values of the annotated types."""
+def resolve_layers(
+    layers: dict[str, dict[str, Any]], notes: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Each source's keys under their present names, with values of the annotated types."""
+    resolved: dict[str, dict[str, Any]] = {}
+    with_datainfo = False
+    for source, layer in layers.items():
+        with_datainfo |= bool({"datainfo", "data_info_version"} & set(layer))
+        resolved[source] = _resolve(layer, source, notes, with_datainfo)
+    return resolved
+
+
+def _resolve(
+    layer: dict[str, Any], source: str, notes: list[str], with_datainfo: bool
+) -> dict[str, Any]:
     layer = _with_one_warmup(layer)
     annotations = _annotations()
     values = {
@@ -171,7 +255,11 @@ def _resolve(layer: dict[str, Any], source: str, notes: list[str]) -> dict[str, 
     for key in layer:
         if key in annotations:
             continue
-        present, note = _translate(layer, key, source)
+        if key == "data_name" and with_datainfo and "data_path" not in layer:
+            present = {"data_path": _read(layer, key, "list[str]", source)}
+            note = "data_name is read as data_path: it names sets of datainfo"
+        else:
+            present, note = _translate(layer, key, source)
         notes.append(note)
         for name, value in present.items():
             if values.setdefault(name, value) != value:
@@ -210,7 +298,8 @@ def _translate(layer: dict[str, Any], key: str, source: str) -> tuple[dict[str, 
             f"{value} is not a fraction of the steps",
             "give 0 or more and less than 1, or a number of steps as warmup_steps",
         )
-    return dict.fromkeys(names, value), f"{key} is read as {' and '.join(names)}"
+    how = f": {RENAMED_HOW[key]}" if key in RENAMED_HOW else ""
+    return dict.fromkeys(names, value), f"{key} is read as {' and '.join(names)}{how}"
 
 
 def _check_fixed(layer: dict[str, Any], key: str, source: str) -> None:
@@ -221,7 +310,7 @@ def _check_fixed(layer: dict[str, Any], key: str, source: str) -> None:
     value = _read(layer, key, annotation, source)
     if value != accepted:
         raise ConfigError(
-            f"{source}, {key}", f"{key} {json.dumps(value)} is not supported yet", instead
+            f"{source}, {key}", f"{key} {json.dumps(value)} is not supported", instead
         )
 
 
@@ -234,7 +323,9 @@ def _with_one_warmup(layer: dict[str, Any]) -> dict[str, Any]:
     return layer
 
 
-def _fold_min_lr_rate(values: dict[str, Any], sources: dict[str, str], notes: list[str]) -> None:
+def _fold_min_lr_rate(
+    values: dict[str, Any], sources: dict[str, str], notes: list[str], order: list[str]
+) -> None:
     """Move min_lr_rate into lr_scheduler_kwargs, where the schedulers look for it."""
     rate, source = values.pop("min_lr_rate", None), sources.pop("min_lr_rate", COMMAND_LINE)
     if rate is None:
@@ -250,12 +341,10 @@ def _fold_min_lr_rate(values: dict[str, Any], sources: dict[str, str], notes: li
                 f"differ: {rate!r} and {kwargs['min_lr_rate']!r}",
                 "keep one of them",
             )
-        if kwargs_source == COMMAND_LINE:
+        if order.index(kwargs_source) > order.index(source):
             return
     values["lr_scheduler_kwargs"] = {**kwargs, "min_lr_rate": rate}
-    sources["lr_scheduler_kwargs"] = (
-        COMMAND_LINE if COMMAND_LINE in (source, kwargs_source) else source
-    )
+    sources["lr_scheduler_kwargs"] = max(source, kwargs_source, key=order.index)
 
 
 def _read(layer: dict[str, Any], key: str, annotation: str, source: str) -> Any:

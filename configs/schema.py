@@ -2,21 +2,38 @@
 
 from __future__ import annotations  # keeps annotations as text, the form the host's fields have
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from os.path import expanduser
 from typing import Any
 
 from ..core.errors import ConfigError
+from .train_modules import parse_train_modules
 
 _PIXELS_448 = 448 * 448
 
 
 @dataclass
 class ModelConfig:
-    """Which model is trained, which parts of it stay frozen, by which trainer, and whether the
-    result may replace another."""
+    """Which model is trained, and which parts of it."""
 
-    model_path: str = field(metadata={"help": "Local folder or Hub name of the model to train."})
+    model_path: str = field(
+        default="", metadata={"help": "Local folder or Hub name of the model to train."}
+    )
+    llm_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Without model_path: the language model of a new Ovis2.5, which is built in "
+            "output_dir/base and trained."
+        },
+    )
+    vit_name_or_path: str | None = field(
+        default=None, metadata={"help": "Without model_path: its SigLIP or SigLIP2 vision tower."}
+    )
+    visual_vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Without model_path: its size of the visual vocabulary; null is 65536."},
+    )
     attn_implementation: str | None = field(
         default=None,
         metadata={
@@ -31,12 +48,33 @@ class ModelConfig:
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
+    train_modules: str = field(
+        default="all",
+        metadata={
+            "help": "What is trained, each part with its own learning rate or the common one: "
+            '"vte:1e-4|llm"; all else is frozen, and the most specific name counts.'
+        },
+    )
     freeze_llm: bool = field(
         default=False, metadata={"help": "Leave the language model as it is in the checkpoint."}
     )
     freeze_vision_tower: bool = field(
         default=False, metadata={"help": "Leave the vision encoder as it is in the checkpoint."}
     )
+
+    def __post_init__(self) -> None:
+        self.model_path = expanduser(self.model_path)
+        self.llm_name_or_path = self.llm_name_or_path and expanduser(self.llm_name_or_path)
+        self.vit_name_or_path = self.vit_name_or_path and expanduser(self.vit_name_or_path)
+        self.torch_dtype = self.torch_dtype.removeprefix("torch.")
+        _check_choices(self)
+        parse_train_modules(self.train_modules)
+
+
+@dataclass
+class LoopConfig:
+    """How the training loop runs, beyond the host's own keys."""
+
     trainer: str = field(
         default="trl",
         metadata={
@@ -45,13 +83,61 @@ class ModelConfig:
         },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace a finished model that output_dir holds."}
+        default=False,
+        metadata={
+            "help": "Begin anew where output_dir holds a finished model or checkpoints of another "
+            "run."
+        },
+    )
+    base_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of learning_rate: the rate that suits base_batch_size, scaled by the "
+            "square root of the global batch over base_batch_size."
+        },
+    )
+    base_batch_size: int | None = field(
+        default=None, metadata={"help": "Global batch, in samples, that base_learning_rate suits."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this many evaluations without a better metric_for_best_model; the "
+            "best model is kept and reloaded."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much an evaluation must be better to count."}
+    )
+    max_empty_batches: int = field(
+        default=10,
+        metadata={
+            "help": "Stop the run after this many micro-batches in a row without a trained token."
+        },
     )
 
     def __post_init__(self) -> None:
-        self.model_path = expanduser(self.model_path)
-        self.torch_dtype = self.torch_dtype.removeprefix("torch.")
         _check_choices(self)
+        if self.base_learning_rate is not None and self.base_learning_rate <= 0:
+            raise ConfigError(
+                "base_learning_rate", f"{self.base_learning_rate} is not above 0", "give 1e-5"
+            )
+        if self.early_stopping_threshold < 0:
+            raise ConfigError(
+                "early_stopping_threshold",
+                f"{self.early_stopping_threshold} is below 0",
+                "give 0 or more",
+            )
+        for key in ("base_batch_size", "early_stopping_patience", "max_empty_batches"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(key, f"{value} is below 1", "give 1 or more")
+        if (self.base_learning_rate is None) != (self.base_batch_size is None):
+            raise ConfigError(
+                "base_learning_rate",
+                "base_learning_rate and base_batch_size go together",
+                "give both, or learning_rate instead",
+            )
 
 
 @dataclass
@@ -64,11 +150,42 @@ class DataConfig:
     """
 
     data_path: list[str] = field(
-        metadata={"help": 'Training files: one path, a list, or several joined by "|".'}
+        metadata={
+            "help": 'Training data: one path, a list, or several joined by "|"; JSON, JSON lines, '
+            "parquet, a datasets folder, a Hub dataset, or names of sets in datainfo."
+        }
     )
-    eval_data_path: list[str] = field(
+    eval_data_path: list[str] | dict[str, Any] = field(
         default_factory=list,
-        metadata={"help": "Evaluation files, written as data_path is; empty means no evaluation."},
+        metadata={
+            "help": "Evaluation data, written as data_path is, or an object of named sets; empty "
+            "means no evaluation."
+        },
+    )
+    datainfo: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file of named sets: name to meta_file, image_dir and data_format "
+            "(conversation or caption)."
+        },
+    )
+    mix: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Set name, or file name without its ending, to its expected passes per epoch, "
+            "1 where it is not named; a part of a set is drawn anew each epoch. Not with streaming."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and check the training data while training, for what is too large to "
+            "prepare; needs max_steps, and a bad sample ends the run when it is met."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Records a stream draws the next one from; 1 keeps the file's order."},
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "Folder that relative image paths in the data start from."}
@@ -129,10 +246,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.data_path = [expanduser(path) for path in self.data_path]
-        self.eval_data_path = [expanduser(path) for path in self.eval_data_path]
+        if isinstance(self.eval_data_path, dict):
+            self.eval_data_path = {
+                name: _paths_of_set(name, paths) for name, paths in self.eval_data_path.items()
+            }
+        else:
+            self.eval_data_path = [expanduser(path) for path in self.eval_data_path]
         self.image_folder = self.image_folder and expanduser(self.image_folder)
+        self.datainfo = self.datainfo and expanduser(self.datainfo)
         _check_choices(self)
-        for key in ("multimodal_max_length", "text_max_length", "min_frames", "max_frames"):
+        for key in (
+            "multimodal_max_length",
+            "text_max_length",
+            "min_frames",
+            "max_frames",
+            "shuffle_buffer",
+        ):
             if getattr(self, key) < 1:
                 raise ConfigError(key, f"{getattr(self, key)} is below 1", "give 1 or more")
         if self.max_frames < self.min_frames:
@@ -143,6 +272,7 @@ class DataConfig:
             )
         for media in ("single_image", "multiple_image", "video"):
             self._check_pixels(f"{media}_min_pixels", f"{media}_max_pixels")
+        _check_mix(self.mix)
 
     def _check_pixels(self, min_key: str, max_key: str) -> None:
         derivable = not min_key.startswith("single_image")
@@ -171,6 +301,7 @@ class RunConfig:
     Attributes:
         model: Our model keys, defaults filled in.
         data: Our data keys, defaults filled in.
+        loop: Our keys of the training loop, defaults filled in.
         training: `SFTConfig`/`TrainingArguments` keys the user gave, coerced; no defaults.
         sources: Where each given key came from: "file PATH" or "command line".
         notes: One line for each key that was renamed or has no effect.
@@ -178,21 +309,54 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig
+    loop: LoopConfig
     training: dict[str, Any]
     sources: dict[str, str]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The flat config to save beside checkpoints; loading it again gives the same run."""
-        return {**asdict(self.model), **asdict(self.data), **self.training}
+        return {**asdict(self.model), **asdict(self.data), **asdict(self.loop), **self.training}
 
 
-def annotations_of(config: type[ModelConfig] | type[DataConfig]) -> dict[str, str]:
+def annotations_of(
+    config: type[ModelConfig] | type[DataConfig] | type[LoopConfig],
+) -> dict[str, str]:
     """Key -> annotation text, as `host_fields` gives it for the host's keys."""
     return {f.name: str(f.type) for f in fields(config)}
 
 
-def _check_choices(config: ModelConfig | DataConfig) -> None:
+def _paths_of_set(name: str, paths: Any) -> list[str]:
+    """The files of one named evaluation set, from a list or text joined by "|"."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ConfigError(
+            "eval_data_path",
+            f'the name of a set "{name}" cannot be part of a metric\'s name',
+            "use letters, digits, _, - and .",
+        )
+    if isinstance(paths, str):
+        paths = [part.strip() for part in paths.split("|") if part.strip()]
+    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+        raise ConfigError(
+            "eval_data_path",
+            f'the set "{name}" names no files: {paths!r}',
+            "give a path, a list of paths, or several joined by |",
+        )
+    return [expanduser(path) for path in paths]
+
+
+def _check_mix(mix: dict[str, Any]) -> None:
+    for name, passes in mix.items():
+        number = isinstance(passes, int | float) and not isinstance(passes, bool)
+        if not (number and 0 <= passes < float("inf")):
+            raise ConfigError(
+                "mix",
+                f'{passes!r} is not how often "{name}" is passed in an epoch',
+                "give a number, 0 or more",
+            )
+
+
+def _check_choices(config: ModelConfig | DataConfig | LoopConfig) -> None:
     for f in fields(config):
         choices = f.metadata.get("choices")
         value = getattr(config, f.name)

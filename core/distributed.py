@@ -25,6 +25,22 @@ def launched_by_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def watched_by_torchrun() -> bool:
+    """Whether torchrun ends this process with SIGTERM when another one fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def of_first_process(value: T) -> T:
+    """The value that the first process has, on all."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def main_process_first(action: Callable[[], T]) -> T:
     """Run `action` on each machine's first process, then on the others, which find its cache.
 

@@ -16,7 +16,8 @@ class VLMTuneError(Exception):
     def __init__(self, where: str, what: str | None = None, fix: str | None = None):
         if what is None or fix is None:
             super().__init__(where.rpartition(f"{type(self).__name__}: ")[2].strip())
-            self.where, self.what, self.fix = "", str(self), ""
+            self.where, _, rest = str(self).partition(":\n  ")
+            self.what, _, self.fix = rest.partition("\n  Fix: ")
             return
         ended = [text if text.endswith((".", "?")) else f"{text}." for text in (what, fix)]
         super().__init__(f"{where}:\n  {ended[0]}\n  Fix: {ended[1]}")
@@ -33,6 +34,10 @@ class ConfigError(VLMTuneError, ValueError):
 
 class DataError(VLMTuneError, ValueError):
     """A data file, record, image or video."""
+
+
+class TrainingError(VLMTuneError, RuntimeError):
+    """What stops a run on its way: memory, a silent process, a full disk."""
 
 
 class ModelError(VLMTuneError, ValueError):

@@ -1,5 +1,6 @@
 """Opening images and videos, with errors that name the record, and their pixel limits."""
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ..core.errors import DataError
+from .tables import REFERENCE, read_image
 
 # From twice this warning's limit on (179 million pixels) Pillow refuses an image, and so do we.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -50,11 +52,20 @@ class PixelLimits:
 def open_image(path: str, where: str) -> Image.Image:
     """The image with its header read and its pixels not yet decoded.
 
+    Args:
+        path: A file, or a reference to an image in a table.
+
     Raises:
         DataError: missing, unreadable, of zero size, or huge.
     """
     try:
+        if path.startswith(REFERENCE):
+            return Image.open(io.BytesIO(read_image(path)))
         return Image.open(path)
+    except DataError as error:  # the table is gone
+        raise DataError(where, f"{error.where} {error.what}", error.fix) from None
+    except LookupError:
+        raise _bad(where, path, "is not in the table any more", "start the run again") from None
     except FileNotFoundError:
         raise _bad(where, path, "does not exist", "check image_folder and the path") from None
     except Image.DecompressionBombError:

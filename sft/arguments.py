@@ -1,15 +1,21 @@
 """The host's settings for a run: the user's keys over what fits the machine and our collator."""
 
+import json
+import math
 import os
 import socket
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ..configs.schema import RunConfig
-from ..core.distributed import launched_by_torchrun
+from ..core.distributed import launched_by_torchrun, world_size
 from ..core.errors import ConfigError
 from ..core.logging import note
 
@@ -38,7 +44,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         )
     if given.get("do_eval") and not config.data.eval_data_path:
         note("do_eval has no effect: there is no eval_data_path")
-    if config.model.trainer == "standard" and given.get("label_smoothing_factor"):
+    if config.loop.trainer == "standard" and given.get("label_smoothing_factor"):
         raise ConfigError(
             "label_smoothing_factor",
             "is not shifted by the standard trainer for this model",
@@ -46,10 +52,16 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         )
     if "eval_steps" in given and "eval_strategy" not in given and config.data.eval_data_path:
         given["eval_strategy"] = "steps"
+    _keep_the_best(config, given)
+    _check_deepspeed(given)
+    _check_unsupported(given)
     dtype = config.model.torch_dtype
     half = dtype if dtype in ("bfloat16", "float16") else None
     if half:
-        note(f"torch_dtype {dtype}: the model computes in it, its weights are kept in float32")
+        note(
+            f"torch_dtype {dtype}: the model computes in it; weights are kept in float32, "
+            "under DeepSpeed only until they are saved"
+        )
     defaults = {
         "use_cpu": cpu,
         "bf16": (not cpu or half == "bfloat16") and half != "float16" and not given.get("fp16"),
@@ -77,13 +89,23 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         )
     if cpu and launched_by_torchrun():
         defaults["ddp_backend"] = "gloo"
+        if not torch.distributed.is_initialized():
+            # With use_cpu the host (transformers 5.23) leaves ddp_timeout out.
+            waiting = timedelta(seconds=given.get("ddp_timeout", defaults["ddp_timeout"]))
+            torch.distributed.init_process_group("gloo", timeout=waiting)
     with warnings.catch_warnings():
         # TRL and configs use the name that transformers 5.18 knows; 5.23 warns of it.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
         try:
             args = SFTConfig(**{**defaults, **given, **required})
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
+    if config.loop.base_learning_rate and config.loop.base_batch_size:
+        scale = math.sqrt(global_batch(args) / config.loop.base_batch_size)
+        args.learning_rate = config.loop.base_learning_rate * scale
+    if config.data.streaming:
+        # The stream leaves out what a resumed run has seen; the host would decode it.
+        args.ignore_data_skip = True
     if args.n_gpu > 1:
         # transformers would split one batch over the GPUs, images apart from their text.
         args._n_gpu = 1
@@ -94,6 +116,104 @@ def training_arguments(config: RunConfig) -> SFTConfig:
 
         deepspeed.init_distributed(dist_backend="gloo")
     return args
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Samples of an optimizer step: per device x accumulation x processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+
+
+def _keep_the_best(config: RunConfig, given: dict[str, Any]) -> None:
+    """Settings that early stopping implies, where the user left them open.
+
+    Raises:
+        ConfigError: nothing is evaluated, or the metric is none that an evaluation has.
+    """
+    if config.loop.early_stopping_patience:
+        if given.get("eval_strategy", "no") == "no":
+            raise ConfigError(
+                "early_stopping_patience",
+                "nothing is evaluated during training",
+                'add eval_data_path and "eval_strategy": "steps" or "epoch"',
+            )
+        given.setdefault("load_best_model_at_end", True)
+        given.setdefault("metric_for_best_model", "eval_loss")
+    if given.get("load_best_model_at_end"):
+        given.setdefault("metric_for_best_model", "eval_loss")
+        given.setdefault("save_strategy", given.get("eval_strategy", "no"))
+        if given["save_strategy"] == "steps" and "eval_steps" in given:
+            given.setdefault("save_steps", given["eval_steps"])
+    if metric := given.get("metric_for_best_model"):
+        sets = config.data.eval_data_path
+        known = ["eval_loss"]
+        if isinstance(sets, dict):
+            known += [f"eval_{name}_loss" for name in sets]
+        elif config.loop.trainer == "trl":
+            known += ["eval_mean_token_accuracy", "eval_entropy"]
+        if f"eval_{metric.removeprefix('eval_')}" not in known:
+            raise ConfigError(
+                "metric_for_best_model",
+                f'"{metric}" is no metric of an evaluation',
+                f"give {' or '.join(known)}",
+            )
+        given.setdefault("greater_is_better", metric.endswith("accuracy"))
+
+
+def _check_deepspeed(given: dict[str, Any]) -> None:
+    """Raises ConfigError for a DeepSpeed file that cannot be read, builds the optimizer itself, or
+    saves no weights."""
+    settings = given.get("deepspeed")
+    if isinstance(settings, str):
+        try:
+            settings = json.loads(Path(settings).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"deepspeed {Path(str(settings)).resolve()}",
+                f"cannot be read: {error}",
+                "give one of configs/zero/*.json, or a DeepSpeed config of your own",
+            ) from None
+    if not settings:
+        return
+    for block, keys in {
+        "optimizer": "optim, learning_rate and weight_decay",
+        "scheduler": "lr_scheduler_type and warmup_steps",
+    }.items():
+        if block in settings:
+            raise ConfigError(
+                f"deepspeed, {block}",
+                "takes the place of ours, and the learning rates of train_modules would be lost",
+                f"remove the block; {keys} set the same",
+            )
+    zero = settings.get("zero_optimization", {})
+    gathers = "stage3_gather_16bit_weights_on_model_save"
+    if zero.get("stage") == 3 and not zero.get(gathers):
+        raise ConfigError(
+            f"deepspeed, zero_optimization.{gathers}",
+            "is not true, so the saved model would have no weights",
+            "set it to true",
+        )
+    if not given.get("do_train", True) and zero.get("stage") != 3:
+        note("deepspeed has no effect: evaluation alone can use stage 3 only")
+        del given["deepspeed"]
+
+
+def _check_unsupported(given: dict[str, Any]) -> None:
+    """Raises ConfigError for host settings that our batches and saves do not follow."""
+    if given.get("auto_find_batch_size"):
+        raise ConfigError(
+            "auto_find_batch_size",
+            "would change the global batch, by which a run is resumed",
+            "set per_device_train_batch_size; the error of a batch too large names its size",
+        )
+    if given.get("push_to_hub") and given.setdefault("hub_strategy", "end") != "end":
+        raise ConfigError(
+            "hub_strategy",
+            f'"{given["hub_strategy"]}" would push unfinished models',
+            'leave it out: the finished model is pushed ("end")',
+        )
+    for key in ("max_steps", "num_train_epochs"):
+        if given.get(key) == 0 and given.get("do_train", True):
+            raise ConfigError(key, "is 0, so nothing would be trained", "give a number above 0")
 
 
 def host_refusal(error: Exception) -> ConfigError:

@@ -7,42 +7,121 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, Trainer
+from trl.trainer.sft_config import SFTConfig
 
 from .. import __version__
 from ..configs.schema import RunConfig
+from ..core.checkpoints import RUN_FILE, latest_checkpoint
 from ..core.distributed import world_size
 from ..core.errors import ConfigError
+from ..core.logging import note
+from .arguments import global_batch
+from .curve import draw_losses
+from .failures import unwritable
+from .modules import FREEZES
 
-RUN_FILE = "vlmtune_run.json"
+PARTIAL = ".partial-checkpoint"
+"""Where a checkpoint is written before it is complete."""
+
 LEDGER_FILE = "bad_samples.jsonl"
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
-def check_output_dir(folder: Path, overwrite: bool, resume: str | bool | None) -> None:
+def check_output_dir(folder: Path, overwrite: bool, resume: str | bool | None) -> str | None:
     """Refuse to write over a finished model, or to resume from nothing.
 
+    Returns:
+        The checkpoint to resume from; for `resume` true the last complete one in the folder.
+
     Raises:
-        ConfigError: the folder holds a model and `overwrite` is false, is a file, or `resume`
-            names no checkpoint.
+        ConfigError: the folder holds a model or checkpoints and `overwrite` is false, is a file,
+            or `resume` names no complete checkpoint.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder.resolve()}", "is a file", "name a folder")
+    newest = latest_checkpoint(folder)
     if resume:
-        named = Path(resume) if isinstance(resume, str) else None
-        if not (named.is_dir() if named else any(folder.glob("checkpoint-*"))):
+        found = Path(resume) if isinstance(resume, str) else newest
+        if found is None or not (found / "trainer_state.json").is_file():
             raise ConfigError(
                 "resume_from_checkpoint",
-                f"there is no checkpoint at {named or folder}",
+                f"there is no complete checkpoint at {found or folder}",
                 "give the path of a checkpoint folder, or leave the key out",
             )
-        return
+        if (folder / PARTIAL).exists():
+            note(f"a checkpoint that was not written to its end is left out; resuming {found.name}")
+        return str(found)
     if not overwrite and (folder / "config.json").exists():
         raise ConfigError(
             f"output_dir {folder.resolve()}",
             "already holds a finished model",
             "choose another output_dir, or pass --overwrite_output_dir",
         )
+    if not overwrite and newest:
+        raise ConfigError(
+            f"output_dir {folder.resolve()}",
+            f"holds {newest.name} of a run that was not finished",
+            "pass --resume_from_checkpoint true to go on with it, or --overwrite_output_dir to "
+            "begin anew, which removes its checkpoints",
+        )
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Of an earlier run, so that none of them is taken for one of the run that begins."""
+    (folder / RUN_FILE).unlink(missing_ok=True)  # its model is no longer this run's result
+    for checkpoint in [*folder.glob("checkpoint-*"), folder / PARTIAL]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> None:
+    """Whether this run continues the one that wrote the checkpoint: steps count samples by the
+    global batch, and optimizer states belong to modules and to an engine.
+
+    Raises:
+        ConfigError: it was written with another batch, engine or `train_modules`, or without
+            optimizer states.
+    """
+    states = list(checkpoint.glob("global_step*" if args.deepspeed else "optimizer.pt"))
+    if not states:
+        raise _other(
+            checkpoint,
+            f"holds no optimizer states {'of' if args.deepspeed else 'without'} DeepSpeed",
+            "resume with the deepspeed setting it was written with, and without save_only_model",
+        )
+    file = checkpoint / RUN_FILE
+    if not file.exists():
+        return
+    written = json.loads(file.read_text("utf-8"))
+    batch = global_batch(args)
+    if written["global_batch"] != batch:
+        raise _other(
+            checkpoint,
+            f"was written with a global batch of {written['global_batch']}, this run has {batch}",
+            "change per_device_train_batch_size or gradient_accumulation_steps so that the batch "
+            "is the same",
+        )
+    if args.deepspeed and written["processes"] != world_size():
+        raise _other(
+            checkpoint,
+            f"was written by {written['processes']} processes, this run has {world_size()}",
+            "DeepSpeed needs the same number",
+        )
+    for key in ("train_modules", *FREEZES):
+        before, now = written["config"][key], getattr(config.model, key)
+        if before != now:
+            raise _other(
+                checkpoint,
+                f"was written with {key} {json.dumps(before)}, this run has {json.dumps(now)}",
+                f"give the same {key}",
+            )
+
+
+def _other(checkpoint: Path, what: str, fix: str) -> ConfigError:
+    anew = "or start a new run with the checkpoint as model_path"
+    return ConfigError("resume_from_checkpoint", f"{checkpoint.name} {what}", f"{fix}, {anew}")
 
 
 def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
@@ -57,10 +136,13 @@ def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
 
 
 def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -> None:
-    """Save model, processor, run settings and model card into the output folder.
+    """Save model, processor, run settings, model card and loss curve into the output folder.
 
     Everything is written beside its place and moved there at the end, config.json last, so a
     killed save leaves no folder that looks finished.
+
+    Raises:
+        TrainingError: the disk is full, or the folder cannot be written.
     """
     folder = Path(trainer.args.output_dir or ".")
     partial = folder / ".partial"
@@ -68,24 +150,43 @@ def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     model.config.use_cache = True
-    trainer.save_model(str(partial))
+    with unwritable(partial, "final model"):
+        trainer.save_model(str(partial), _internal_call=True)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(partial / "trainer_state.json"))
+            describe_run(trainer, config, partial)
+            draw_losses(trainer.state.log_history, partial / "loss.png")
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        run = {
-            "config": config.to_dict(),
-            "training_arguments": trainer.args.to_dict(),
-            "processes": world_size(),
-            "versions": versions(),
-        }
-        (partial / RUN_FILE).write_text(json.dumps(run, indent=2, default=str) + "\n", "utf-8")
-        (partial / "README.md").write_text(model_card(config, folder.name), "utf-8")
         for stale in ["config.json", *(f.name for f in folder.glob("model*.safetensors*"))]:
             (folder / stale).unlink(missing_ok=True)
         for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
             file.chmod(0o644)  # the host writes weights for their owner alone
             file.replace(folder / file.name)
         partial.rmdir()
+        if trainer.args.push_to_hub:
+            upload_folder(
+                repo_id=str(trainer.hub_model_id),
+                folder_path=folder,
+                token=trainer.args.hub_token,
+                ignore_patterns=["checkpoint-*", ".partial*", "base/*"],
+            )
     trainer.accelerator.wait_for_everyone()
+    model.config.use_cache = False  # an evaluation that follows needs none
+
+
+def describe_run(trainer: Trainer, config: RunConfig, folder: Path) -> None:
+    """Write the resolved config with the versions, and the model card, beside the weights."""
+    run = {
+        "config": {k: v for k, v in config.to_dict().items() if k != "hub_token"},
+        "training_arguments": trainer.args.to_dict(),
+        "processes": world_size(),
+        "global_batch": global_batch(trainer.args),
+        "step": trainer.state.global_step,
+        "versions": versions(),
+    }
+    (folder / RUN_FILE).write_text(json.dumps(run, indent=2, default=str) + "\n", "utf-8")
+    name = Path(trainer.args.output_dir or ".").name
+    (folder / "README.md").write_text(model_card(config, name), "utf-8")
 
 
 def versions() -> dict[str, str]:

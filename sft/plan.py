@@ -10,20 +10,21 @@ from trl.trainer.sft_config import SFTConfig
 from ..configs.schema import RunConfig
 from ..core.distributed import world_size
 from ..core.errors import ConfigError
-from ..data.dataset import PreparedData
+from .arguments import global_batch
+from .data import RunData
+from .modules import TrainedModule, module_table
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Optimizer steps of a run, as the trainer will count them."""
 
-    batch: int
     per_epoch: int
     total: int
 
 
 def schedule(samples: int, args: SFTConfig) -> Schedule:
-    """Effective batch and steps: per-device batch x accumulation x processes.
+    """Optimizer steps for `samples` samples an epoch.
 
     Raises:
         ConfigError: there is no whole batch.
@@ -44,35 +45,55 @@ def schedule(samples: int, args: SFTConfig) -> Schedule:
         )
     per_epoch = max(math.ceil(batches / accumulation), 1)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    return Schedule(batch * accumulation * ranks, per_epoch, total)
+    return Schedule(per_epoch, total)
 
 
 def banner(
     config: RunConfig,
     args: SFTConfig,
     model: PreTrainedModel,
-    train: PreparedData,
-    evaluation: PreparedData | None,
+    modules: list[TrainedModule],
+    data: RunData,
 ) -> str:
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
-    plan = schedule(len(train.dataset), args)
-    held_out = len(evaluation.dataset) if evaluation else 0
-    left_out = len(train.left_out) + (len(evaluation.left_out) if evaluation else 0)
-    lengths = train.dataset["length"]
+    """The whole plan of a run in a dozen lines, and the table of what is trained."""
+    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    trained = sum(module.size for module in modules)
     lines = {
         "model": f"{config.model.model_path} ({type(model).__name__}, {model.dtype})",
         "trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
-        "samples": f"{len(train.dataset):,} train, {held_out:,} eval"
-        + (f", {left_out:,} left out (bad_samples.jsonl)" if left_out else ""),
-        "tokens": f"{sum(lengths):,} in all, longest sample {max(lengths):,}, "
-        f"{sum(train.dataset['trained_tokens']) / sum(lengths):.1%} trained",
-        "batch": f"{plan.batch} = {args.per_device_train_batch_size} per device x "
+        **_data_lines(data, args),
+        "batch": f"{global_batch(args)} = {args.per_device_train_batch_size} per device x "
         f"{args.gradient_accumulation_steps} accumulation x {world_size()} processes",
-        "steps": f"{plan.total:,} = {plan.per_epoch:,} per epoch, "
-        f"{plan.total / plan.per_epoch:.2f} epochs",
-        "trainer": f"{config.model.trainer}, learning rate {args.learning_rate:g}, "
+        "trainer": f"{config.loop.trainer}, learning rate {_rate(config, args)}, "
         f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on {args.device.type}",
         "output": str(Path(args.output_dir or ".").resolve()),
     }
-    return "\n".join(f"  {key:8} {value}" for key, value in lines.items())
+    plan = "\n".join(f"  {key:8} {value}" for key, value in lines.items())
+    return f"{plan}\n{module_table(modules)}"
+
+
+def _data_lines(data: RunData, args: SFTConfig) -> dict[str, str]:
+    held_out = sum(len(d.dataset) for d in data.evaluation.values())
+    if data.train is None:
+        return {
+            "samples": f"a stream, {held_out:,} eval",
+            "steps": f"{args.max_steps:,}",
+        }
+    train, size = data.train, len(data.sampler or data.train.dataset)
+    plan = schedule(size, args)
+    left_out = sum(len(d.left_out) for d in (train, *data.evaluation.values()))
+    return {
+        "samples": f"{size:,} train, {held_out:,} eval"
+        + (f", {left_out:,} left out (bad_samples.jsonl)" if left_out else ""),
+        "tokens": f"{train.tokens:,} in the data, longest sample {train.longest:,}, "
+        f"{train.trained_tokens / train.tokens:.1%} trained",
+        "steps": f"{plan.total:,} = {plan.per_epoch:,} per epoch, "
+        f"{plan.total / plan.per_epoch:.2f} epochs",
+    }
+
+
+def _rate(config: RunConfig, args: SFTConfig) -> str:
+    rate = f"{args.learning_rate:g}"
+    if base := config.loop.base_learning_rate:
+        rate += f" = {base:g} x sqrt({global_batch(args)} / {config.loop.base_batch_size})"
+    return rate

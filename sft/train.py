@@ -1,30 +1,25 @@
 """One training run: `vlmtune train config.json --key value`, alone or under torchrun."""
 
-import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, Trainer
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainerState
 from transformers.utils.import_utils import is_flash_attn_2_available
-from trl.trainer.sft_config import SFTConfig
 
-from ..collators.padded import PaddedCollator
-from ..collators.rendering import Thinking
-from ..collators.sample import SampleEncoder
 from ..configs.schema import RunConfig
-from ..core.distributed import main_process_first, rank
-from ..core.errors import ModelError
+from ..core.checkpoints import RESUMABLE
+from ..core.distributed import main_process_first, of_first_process, rank
+from ..core.errors import ConfigError, ModelError
 from ..core.logging import note, say
-from ..data.dataset import PreparedData, prepare_dataset
-from ..data.images import PixelLimits
 from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
+from ..models.ovis2_5.build import ensure_base
 from .arguments import host_refusal, training_arguments
-from .callbacks import JsonLinesLog
-from .output import check_output_dir, save_finished, write_ledger
+from .callbacks import JsonLinesLog, StopOnSignal
+from .data import RunData, load_data
+from .modules import apply_train_modules
+from .output import check_output_dir, check_resumable, remove_checkpoints, save_finished
 from .plan import banner
 from .trainer import make_trainer
 
@@ -33,69 +28,115 @@ def run(config: RunConfig) -> None:
     """Train as configured and leave a complete model in the output folder.
 
     Raises:
-        VLMTuneError: before any training step, for what the user can mend.
+        VLMTuneError: before any training step, for what the user can mend; later for what no check
+            could see.
+        SystemExit: with 75, after a signal asked for the end and a checkpoint was written.
     """
     for line in config.notes:
         note(line)
     args = training_arguments(config)
+    stop = StopOnSignal()
     folder = Path(args.output_dir or ".")
+    training = config.training.get("do_train", True)
     try:
-        encoder, train, evaluation = main_process_first(lambda: load_data(config, args))
-        model = load_model(config)
-        try:
-            trainer = make_trainer(
-                config.model.trainer,
-                model,
-                args,
-                PaddedCollator(encoder),
-                train.dataset,
-                evaluation.dataset if evaluation else None,
-                [JsonLinesLog()],
+        checkpoint = None
+        if training:
+            checkpoint = check_output_dir(
+                folder, config.loop.overwrite_output_dir, args.resume_from_checkpoint
             )
-        except (ValueError, ImportError) as error:
+            checkpoint = of_first_process(checkpoint)
+        if checkpoint:
+            check_resumable(Path(checkpoint), config, args)
+        config.model.model_path = main_process_first(lambda: base_model(config, folder))
+        processor = load_processor(config.model.model_path)
+        data = main_process_first(lambda: load_data(config, args, processor))
+        model = load_model(config)
+        check_positions(model, data)
+        modules = apply_train_modules(model, config.model, args.learning_rate)
+        try:
+            trainer = make_trainer(config, model, args, data, modules, [JsonLinesLog(), stop])
+        except (ValueError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
-        say(banner(config, args, model, train, evaluation))
-        if config.training.get("do_train", True):
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        say(banner(config, args, model, modules, data))
+        if training:
+            if not checkpoint and rank() == 0:
+                remove_checkpoints(folder)
+            if data.stream and checkpoint:
+                data.stream.skip(steps_done(checkpoint) * args.gradient_accumulation_steps)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if stop.requested:
+                say(f"Stopped by a signal; checkpoint-{trainer.state.global_step} is complete.")
+                say("Go on with: --resume_from_checkpoint auto")
+                _leave_the_group()
+                raise SystemExit(RESUMABLE)
             save_finished(trainer, model, config)
             say(f"Saved the model to {folder.resolve()}")
-        if evaluation and config.training.get("do_eval", True):
-            say(f"Evaluation: loss {final_loss(trainer):.4f}")
+        if data.evaluation and config.training.get("do_eval", True):
+            for name, loss in final_losses(trainer).items():
+                say(f"Evaluation: {name} {loss:.4f}")
+        # Not after an error: ending the group could wait for processes that never come.
+        _leave_the_group()
     finally:
-        # Without this some DeepSpeed runs abort at interpreter exit.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        stop.release()
 
 
-def final_loss(trainer: Trainer) -> float:
-    """Evaluation loss of the model as saved, computed unless the last step was just evaluated."""
+def _leave_the_group() -> None:
+    """Without this some DeepSpeed runs abort at interpreter exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def final_losses(trainer: Trainer) -> dict[str, float]:
+    """Evaluation losses of the model as saved, computed unless they are in the log."""
     state = trainer.state
-    for entry in reversed(state.log_history if not trainer.args.load_best_model_at_end else []):
-        if "eval_loss" in entry and entry["step"] == state.global_step:
-            return entry["eval_loss"]
-    return trainer.evaluate()["eval_loss"]
+    step = state.global_step
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        step = state.best_global_step
+    found: dict[str, float] = {}
+    for entry in state.log_history:
+        if entry["step"] == step:
+            found.update(entry)
+    if "eval_loss" not in found:
+        found = trainer.evaluate()
+    return {k: v for k, v in found.items() if k.startswith("eval_") and k.endswith("loss")}
 
 
-def load_data(
-    config: RunConfig, args: SFTConfig
-) -> tuple[SampleEncoder, PreparedData, PreparedData | None]:
-    """The checked data of a run, with samples that were left out in the ledger.
+def base_model(config: RunConfig, folder: Path) -> str:
+    """The model to start from; one built of `llm_name_or_path` and `vit_name_or_path` where no
+    `model_path` is given."""
+    settings = config.model
+    if settings.model_path:
+        return settings.model_path
+    assert settings.llm_name_or_path and settings.vit_name_or_path
+    base = ensure_base(
+        settings.llm_name_or_path,
+        settings.vit_name_or_path,
+        folder / "base",
+        visual_vocab_size=settings.visual_vocab_size or 65536,
+    )
+    return str(base)
 
-    Raises:
-        VLMTuneError: the output folder is taken, the processor cannot be loaded, or a sample is
-            bad.
-    """
-    folder = Path(args.output_dir or ".")
-    if rank() == 0 and config.training.get("do_train", True):
-        check_output_dir(folder, config.model.overwrite_output_dir, args.resume_from_checkpoint)
-    encoder = sample_encoder(config, load_processor(config.model.model_path))
-    train = prepare(config, config.data.data_path, encoder)
-    evaluation = None
-    if config.data.eval_data_path:
-        evaluation = prepare(config, config.data.eval_data_path, encoder)
-    if rank() == 0:
-        write_ledger(folder, train.left_out + (evaluation.left_out if evaluation else []))
-    return encoder, train, evaluation
+
+def check_positions(model: Ovis2_5, data: RunData) -> None:
+    """Raises ConfigError for samples longer than the language model has positions."""
+    limit = getattr(model.config.llm_config, "max_position_embeddings", None)
+    encoder = data.encoder
+    longest = max(
+        data.train.longest if data.train else encoder.multimodal_max_length,
+        0 if data.train else encoder.text_max_length,
+        *(prepared.longest for prepared in data.evaluation.values()),
+    )
+    if limit and longest > limit:
+        raise ConfigError(
+            "multimodal_max_length, text_max_length",
+            f"a sample may have {longest:,} tokens, the language model has {limit:,} positions",
+            f"set both to {limit} or less",
+        )
+
+
+def steps_done(checkpoint: str) -> int:
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    return state.global_step
 
 
 def load_processor(path: str) -> Ovis2_5Processor:
@@ -122,7 +163,7 @@ def load_processor(path: str) -> Ovis2_5Processor:
 
 
 def load_model(config: RunConfig) -> Ovis2_5:
-    """The model in float32, with the configured parts frozen.
+    """The model in float32.
 
     Raises:
         ModelError: weights are missing, broken or of another shape.
@@ -147,43 +188,4 @@ def load_model(config: RunConfig) -> Ovis2_5:
             f"the weights cannot be loaded: {' '.join(str(error).split())}",
             "give a folder with complete .safetensors files that fit its config.json",
         ) from error
-    if settings.freeze_llm:
-        model.llm.requires_grad_(False)
-    if settings.freeze_vision_tower:
-        model.visual_tokenizer.vit.requires_grad_(False)
     return model
-
-
-def sample_encoder(config: RunConfig, processor: Ovis2_5Processor) -> SampleEncoder:
-    data = config.data
-    return SampleEncoder(
-        processor=processor,
-        limits=PixelLimits(**{name: getattr(data, name) for name in PixelLimits.__annotations__}),
-        multimodal_max_length=data.multimodal_max_length,
-        text_max_length=data.text_max_length,
-        thinking=cast(Thinking, data.thinking),
-    )
-
-
-def prepare(config: RunConfig, paths: list[str], encoder: SampleEncoder) -> PreparedData:
-    processor = encoder.processor
-    settings = {
-        "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
-        "image_processor": processor.image_processor.to_dict(),
-        "limits": asdict(encoder.limits),
-        "lengths": [encoder.multimodal_max_length, encoder.text_max_length],
-        "thinking": encoder.thinking,
-    }
-
-    def measure(conversation, sizes) -> tuple[int, int]:
-        encoded = encoder.encode(conversation, sizes)
-        return len(encoded.ids), encoded.trained_tokens
-
-    return prepare_dataset(
-        paths,
-        config.data.image_folder,
-        check_files=encoder.check_files,
-        measure=measure,
-        skip_bad=config.data.on_bad_sample == "skip",
-        fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
-    )

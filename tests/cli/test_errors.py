@@ -136,7 +136,7 @@ def test_output_folder_with_a_finished_model_is_not_replaced_unasked(train, tmp_
     ("keys", "what"),
     [
         ({"do_train": "false"}, "do_train:\n  is false, and there is no eval_data_path."),
-        ({"resume_from_checkpoint": "true"}, "there is no checkpoint at"),
+        ({"resume_from_checkpoint": "true"}, "there is no complete checkpoint at"),
         ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size:\n  is 0."),
         ({"dataloader_drop_last": "true"}, "drops everything: 1 samples fill no batch of 8"),
         ({"label_smoothing_factor": "0.1", "trainer": "standard"}, 'use "trainer": "trl"'),
@@ -243,9 +243,13 @@ def test_help_answers_without_torch(words):
     assert done.stdout.splitlines()[-1] == "0 False False"
 
 
-def test_unknown_command_is_refused(capsys):
-    assert main(["trian"]) == 1
-    assert 'unknown command "trian"' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [(["trian"], "trian"), (["models", "build"], "models build"), (["models"], "models")],
+)
+def test_unknown_command_is_refused(words, command, capsys):
+    assert main(words) == 1
+    assert f'unknown command "{command}"' in capsys.readouterr().err
 
 
 def test_readme_and_launcher_exist_where_help_says():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,11 @@ def test_help_is_the_usage():
     assert done.stdout.startswith("`train_launch.sh [CONFIG] [N] [standard|trl]")
 
 
-def test_number_of_machines_that_is_none_is_refused():
-    done = launch("configs/presets/quickstart.json", "1", "trl", NNODES="two")
+@pytest.mark.parametrize(("variable", "value"), [("NNODES", "two"), ("MASTER_PORT", "0")])
+def test_number_of_machines_or_port_that_is_none_is_refused(variable, value):
+    done = launch("configs/presets/quickstart.json", "1", "trl", **{variable: value})
     assert done.returncode == 1
-    assert 'environment variable NNODES:\n  is "two".' in done.stderr
+    assert f'environment variable {variable}:\n  is "{value}".' in done.stderr
 
 
 def test_config_error_is_told_once_before_processes_start():
@@ -59,6 +62,108 @@ def test_config_error_is_told_once_before_processes_start():
     assert done.returncode == 1
     assert done.stderr.count("ConfigError") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_recipe_without_a_stage_lists_them():
+    done = launch("configs/recipes/tiny_three_stage.json", "2")
+    assert done.returncode == 1
+    assert "Fix: add --stage stage1 or --stage stage2 or --stage stage3" in done.stderr
+
+
+def test_finished_stage_starts_no_process(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    for name in ("config.json", "vlmtune_run.json"):
+        (tmp_path / "stage1" / name).write_text("{}")
+    recipe = "configs/recipes/tiny_three_stage.json"
+    done = launch(recipe, "2", "--stage", "stage1", "--output_dir", str(tmp_path))
+    assert done.returncode == 0
+    assert done.stderr == (
+        f"stage1 is finished: {tmp_path}/stage1. Again: --overwrite_output_dir true\n"
+    )
+
+
+WORKER = """
+import os, pathlib, signal, sys, time
+here = pathlib.Path(__file__).parent
+rank, world = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+does = (here / "does").read_text()
+def heard(number, frame):
+    (here / f"heard{rank}").write_text(signal.Signals(number).name)
+    while len(list(here.glob("heard*"))) < world:  # as ranks save together
+        time.sleep(0.01)
+    sys.exit(75)
+if does == "save":
+    signal.signal(signal.SIGUSR1, heard)
+if does == "fail":
+    sys.exit(3)
+(here / f"ready{rank}").touch()
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def workers(tmp_path):
+    """`workers(does)` is a launcher with two workers under torchrun, all of them ready."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    started = []
+
+    def start(does):
+        (tmp_path / "does").write_text(does)
+        worker = str(tmp_path / "worker.py")
+        code = (
+            "import sys; from vlmtune.cli.launch import torchrun; "
+            f"sys.exit(torchrun(2, 1, 29500, [{worker!r}], False))"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        deadline = time.monotonic() + 60
+        while does != "fail" and len(list(tmp_path.glob("ready*"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_becomes_sigusr1_of_every_worker_and_exit_code_75(workers, tmp_path, number):
+    process = workers("save")
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 75
+    assert [(tmp_path / f"heard{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
+
+
+@pytest.mark.slow
+def test_workers_that_a_signal_ends_before_they_listen_can_be_resumed_too(workers):
+    process = workers("sleep")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+
+
+@pytest.mark.slow
+def test_a_failing_worker_is_exit_code_1(workers):
+    assert workers("fail").wait(timeout=60) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told_with_its_signal(workers, tmp_path):
+    (tmp_path / "worker.py").write_text("import os; os.kill(os.getpid(), 9)")
+    process = workers("fail")
+    assert process.wait(timeout=60) == 1
+    assert "was killed by signal 9" in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_launcher_and_workers(workers):
+    process = workers("sleep")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert "SignalException" not in process.stderr.read()
 
 
 @pytest.mark.slow
@@ -87,6 +192,7 @@ def test_data_error_under_torchrun_is_told_once_without_a_traceback(checkpoint, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_nodes_and_master_address_of_the_environment_are_respected(checkpoint, tmp_path):
     """Two launches on this machine, each one node with one process, meet at MASTER_PORT."""
     (tmp_path / "train.json").write_text('[{"id": 1, "conversations": []}]')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlmtune.collators.padded import PaddedCollator
+from vlmtune.collators.padded import REPEATED, PaddedCollator
 from vlmtune.collators.sample import SampleEncoder
 from vlmtune.core.errors import DataError
 from vlmtune.data.conversation import Conversation, parse_conversation
@@ -65,6 +65,7 @@ def test_batch_equals_that_of_the_reference(make_encoder, case, inputs, indices)
     batch = PaddedCollator(make_encoder(case))([dataset[i] for i in range(len(rows))])
 
     expected = without_extra_column(load_file(GOLDENS / case / f"{inputs}.safetensors"))
+    assert batch.pop("sample_ids") == [row["id"] for row in rows]
     assert set(batch) == set(expected)
     for name, value in expected.items():
         assert batch[name].dtype == value.dtype, name
@@ -99,7 +100,16 @@ def test_text_alone_has_no_pixels(make_encoder):
         "input_ids",
         "attention_mask",
         "labels",
+        "sample_ids",
     }
+
+
+def test_row_that_only_fills_a_batch_carries_no_loss_and_is_not_named(make_encoder):
+    rows = [parse("5").to_row(), {**parse("9").to_row(), REPEATED: True}]
+    batch = PaddedCollator(make_encoder())(rows)
+    assert batch["labels"].tolist() == [[IGN] * 13 + [20, 322], [IGN] * 15]
+    assert batch["input_ids"].tolist()[1] == [*HEAD, 24, *TAIL, 20, 322]
+    assert batch["sample_ids"] == ["one"]
 
 
 def test_pixels_and_grids_follow_the_order_of_the_rows_and_skip_text(make_encoder):

@@ -297,3 +297,34 @@ def test_each_medium_takes_its_own_number_of_visual_tokens(processor):
     media = [-301, -300, -300, -302, 20, -301, -302, -301, -300, -302]
     assert sample.ids[:13] == [321, 314, 198, *media]
     assert sample.media == [(3, 7), (8, 10), (10, 13)]
+
+
+CAPTION = [Turn("plain", "See <image>: "), Turn("plain", "A cat.", True)]
+
+
+@pytest.mark.parametrize("thinking", ["every_turn", "last_turn", "as_is"])
+def test_caption_has_no_chat_around_it_and_ends_in_a_trained_stop_token(processor, thinking):
+    segments = render(CAPTION, processor, thinking)
+    assert segments == [
+        Segment("See "),
+        Segment("<image>", kind="image"),
+        Segment(": "),
+        Segment("A cat.", trained=True),
+        Segment("<|im_end|>", trained=True, kind="control"),
+    ]
+    sample = encode(segments, processor, [2])
+    head, tail, caption = (processor.text_ids(t) for t in ("See ", ": ", "A cat."))
+    end = processor.control_id("<|im_end|>")
+    prompt = [*head, -301, -300, -300, -302, *tail]
+    assert sample.ids == [*prompt, *caption, end]
+    assert sample.labels == [*[IGN] * len(prompt), *caption, end]
+    # The untrained prefix is the prompt.
+    given = render_prompt(CAPTION[:1], processor, thinking)
+    assert encode(given, processor, [2]).ids == prompt
+
+
+@pytest.mark.parametrize("thinking", ["every_turn", "last_turn", "as_is"])
+def test_conversation_without_an_answer_trains_nothing(processor, thinking):
+    sample = encode(render([Turn("user", "")], processor, thinking), processor)
+    assert len(sample.ids) == 5
+    assert sample.trained_tokens == 0

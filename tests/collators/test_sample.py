@@ -5,11 +5,14 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from vlmtune.core.errors import DataError
 from vlmtune.data.conversation import Conversation, parse_conversation
+from vlmtune.data.tables import table_records
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "ovis2_5"
 IMAGES = GOLDENS / "preprocess" / "images"
@@ -247,3 +250,28 @@ def test_thinking_of_the_run_reaches_its_samples(make_encoder, changes, first, s
     sample = make_encoder(**changes).load(parse("5", "9", "5", "9"))
     question = [321, 314, 198, 20, 322, 198, 321, 295, 198]
     assert sample.encoded.ids == [*question, *first, 24, 322, 198, *question, *second, 24, 322]
+
+
+def test_corrupt_image_of_a_table_is_named_by_its_record_and_number(make_encoder, tmp_path):
+    files = [(IMAGES / "grad_64x64.png").read_bytes(), (IMAGES / "grad_40x70.png").read_bytes()]
+    table = pa.Table.from_pylist([{"image": [files[0], files[1][:-200]]}])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    [(index, record)] = table_records(str(tmp_path / "t.parquet"))
+    given = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "5"}]
+    record = {**record, "id": "one", "conversations": given}
+    conversation = parse_conversation(record, "t.parquet", index)
+    encoder = make_encoder()
+    where = 't.parquet, record 1 (id "one"), image'
+    with pytest.raises(DataError) as error:
+        encoder.load(conversation)
+    assert error.value.where == where
+    assert error.value.what.startswith("image 2 is corrupt: ")
+    with pytest.raises(DataError) as error:
+        encoder.check_files(conversation)
+    assert error.value.where == where
+    assert error.value.what.startswith(f"table://{tmp_path / 't.parquet'}#0.image.1 is corrupt: ")
+
+
+@pytest.mark.parametrize(("question", "expected"), [("5", (15, 2)), ("5:9", (17, 2))])
+def test_measure_tells_tokens_and_trained_tokens(make_encoder, question, expected):
+    assert make_encoder().measure(parse(question, "5"), []) == expected

@@ -49,6 +49,13 @@ def test_kinds_are_the_outer_types_of_the_union(annotation, kinds):
         pytest.param('["a|b", "c"]', "list[str]", ["a|b", "c"], id="json-list"),
         pytest.param("", "list[str]", [], id="empty-list"),
         pytest.param("labels", "list[str] | None", ["labels"], id="list-of-one"),
+        pytest.param(
+            "a.json | b.json", "list[str] | dict[str, Any]", ["a.json", "b.json"], id="list-or-dict"
+        ),
+        pytest.param(
+            '{"a": "x|y"}', "list[str] | dict[str, Any]", {"a": "x|y"}, id="dict-before-list"
+        ),
+        pytest.param('{"a": 2}', "dict[str, Any]", {"a": 2}, id="json-object"),
         pytest.param("tensorboard", "None | str | list[str]", "tensorboard", id="list-or-string"),
     ],
 )
@@ -89,6 +96,8 @@ def test_a_bare_no_of_yaml_is_the_strategy_no():
         ({"a": 1}, "list[str]", "{'a': 1} is not a list of strings"),
         (["a", 1], "list[str]", "['a', 1] is not a list of strings"),
         ([""], "list[str]", "[''] is not a list of strings"),
+        ([1], "list[str] | dict[str, Any]", "[1] is not a list of strings or a JSON object"),
+        ("a", "dict[str, Any]", "'a' is not a JSON object"),
         ([1], "dict | str | None", "[1] is not a string or a JSON object or null"),
     ],
 )

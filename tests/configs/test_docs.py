@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.configs.schema import DataConfig, ModelConfig
+from vlmtune.configs.schema import DataConfig, LoopConfig, ModelConfig
 
-PAGE = (Path(__file__).parents[2] / "docs/config.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/config.md").read_text("utf-8").replace(r"\|", "|")
+KEYS = [field for config in (ModelConfig, DataConfig, LoopConfig) for field in fields(config)]
 
 
-@pytest.mark.parametrize("field", [*fields(ModelConfig), *fields(DataConfig)], ids=lambda f: f.name)
+@pytest.mark.parametrize("field", KEYS, ids=lambda f: f.name)
 def test_page_has_the_key_and_its_help(field):
     assert f"| `{field.name}` |" in PAGE
     assert field.metadata["help"] in PAGE

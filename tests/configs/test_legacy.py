@@ -2,12 +2,11 @@ import json
 
 import pytest
 
-from vlmtune.configs.legacy import FIXED, NO_EFFECT
+from vlmtune.configs.legacy import CHECKPOINT, FIXED, NO_EFFECT, RENAMED_HOW
 from vlmtune.configs.load import load_config
 from vlmtune.core.errors import ConfigError
 
 REQUIRED = {"model_path": "m", "data_path": "train.json", "output_dir": "out"}
-CHECKPOINT = "has no effect: the checkpoint's own config rules"
 
 
 @pytest.fixture
@@ -228,27 +227,21 @@ def test_a_key_without_effect_is_accepted_and_says_why(load, key):
     ("key", "value", "what", "fix"),
     [
         (
-            "train_modules",
-            "llm",
-            'train_modules "llm" is not supported yet',
-            "use freeze_llm / freeze_vision_tower",
-        ),
-        (
             "data_type",
             "caption",
-            'data_type "caption" is not supported yet',
-            "write the samples as conversations",
+            'data_type "caption" is not supported',
+            'name the set in datainfo, with its "data_format": "caption"',
         ),
         (
             "packing",
             True,
-            "packing true is not supported yet",
+            "packing true is not supported",
             "leave it out: samples are padded",
         ),
         (
             "padding_free",
             "true",
-            "padding_free true is not supported yet",
+            "padding_free true is not supported",
             "leave it out: samples are padded",
         ),
     ],
@@ -260,9 +253,35 @@ def test_a_key_that_asks_for_what_is_missing_is_an_error(load, tmp_path, key, va
     assert (caught.value.what, caught.value.fix) == (what, fix)
 
 
+def test_data_info_version_is_the_path_of_a_datainfo_file(load):
+    run = load({"data_info_version": "sets.json"})
+    assert run.data.datainfo == "sets.json"
+    assert run.notes == [
+        f"data_info_version is read as datainfo: {RENAMED_HOW['data_info_version']}"
+    ]
+
+
+@pytest.mark.parametrize("key", ["datainfo", "data_info_version"])
+def test_data_name_names_the_sets_of_datainfo(load, key):
+    run = load({"data_path": None, key: "sets.json", "data_name": "a|b"})
+    assert run.data.data_path == ["a", "b"]
+    assert run.notes[-1] == "data_name is read as data_path: it names sets of datainfo"
+
+
+def test_data_name_on_the_command_line_wins_over_the_data_path_of_a_file_with_datainfo(load):
+    assert load({"datainfo": "sets.json"}, "--data_name", "b").data.data_path == ["b"]
+
+
+def test_data_name_beside_data_path_or_without_datainfo_is_a_label(load):
+    for keys in ({"datainfo": "sets.json", "data_name": "b"}, {"data_name": "b"}):
+        run = load(keys)
+        assert run.data.data_path == ["train.json"]
+        assert run.notes == ["data_name has no effect: the data is named in data_path"]
+
+
 def test_a_note_is_given_once_when_file_and_command_line_agree(load):
     assert load({"stage": 3}, "--stage", "3").notes == [
-        "stage has no effect: every run is supervised fine-tuning"
+        "stage has no effect: only a recipe, a config with stages, has them"
     ]
 
 
@@ -349,6 +368,8 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
     assert run.model.model_path == "AIDC-AI/Ovis2.5-9B"
     assert run.model.attn_implementation == "flash_attention_2"
     assert run.data.data_path == ["geometry3k.json", "coco.json"]
+    assert (run.data.datainfo, run.model.train_modules) == ("ovis2_5_sft_datainfo", "all")
+    assert run.model.llm_name_or_path is None
     assert (run.data.multiple_image_max_pixels, run.data.video_min_pixels) == (-1, -1)
     assert run.training == {
         "deepspeed": "scripts/zero_configs/zero1_cp.json",
@@ -380,23 +401,20 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
         "report_to": "none",
     }
     assert run.notes == [
-        "stage has no effect: every run is supervised fine-tuning",
-        "data_info_version has no effect: the files are named in data_path",
-        "data_name has no effect: it is a label only; the files are named in data_path",
-        "data_type has no effect: conversations are the only type",
+        "stage has no effect: only a recipe, a config with stages, has them",
+        "data_info_version is read as datainfo: "
+        "it is the path of the file; the reference looked a name up in its package",
+        "data_name has no effect: the data is named in data_path",
+        "data_type has no effect: conversations are read as such without it",
         "accepts_loss_kwargs has no effect: "
         "the loss is always averaged over the label tokens of a whole step",
         "ovis_pretrained_path is read as model_path",
-        f"llm_name_or_path {CHECKPOINT}",
-        f"visual_vocab_size {CHECKPOINT}",
-        f"conversation_formatter_class {CHECKPOINT}",
-        f"vit_hidden_stride {CHECKPOINT}",
-        f"vit_window_size {CHECKPOINT}",
-        f"vit_temporal_patch_size {CHECKPOINT}",
-        f"vit_preserve_original_pe {CHECKPOINT}",
-        f"vit_use_rope {CHECKPOINT}",
-        "train_modules has no effect: "
-        "all modules are trained unless freeze_llm or freeze_vision_tower is set",
+        f"conversation_formatter_class has no effect: {CHECKPOINT}",
+        f"vit_hidden_stride has no effect: {CHECKPOINT}",
+        f"vit_window_size has no effect: {CHECKPOINT}",
+        f"vit_temporal_patch_size has no effect: {CHECKPOINT}",
+        f"vit_preserve_original_pe has no effect: {CHECKPOINT}",
+        f"vit_use_rope has no effect: {CHECKPOINT}",
         "monitor_step has no effect: there is no callback that prints whole tensors",
         "model_init_seed has no effect: the reference never used it either; seed rules",
         "overall_ratio has no effect: the reference never used it either",
@@ -413,4 +431,6 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
         "assistant_only_loss has no effect: "
         "which tokens carry loss follows from rendering the conversation",
         "min_lr_rate is read as lr_scheduler_kwargs.min_lr_rate",
+        f"llm_name_or_path has no effect: {CHECKPOINT}",
+        f"visual_vocab_size has no effect: {CHECKPOINT}",
     ]

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -129,11 +130,16 @@ def test_yaml_reads_as_json_does(tmp_path):
 
 
 def test_the_saved_config_loads_to_the_same_run(load, tmp_path):
-    run = load({"ovis_pretrained_path": "m", "min_lr_rate": 0.1, "save_steps": 0.4, "bf16": "true"})
+    run = load(
+        {"ovis_pretrained_path": "m", "min_lr_rate": 0.1, "save_steps": 0.4, "bf16": "true"}
+        | {"eval_data_path": {"a": "b|c"}, "mix": {"train": 0.5}, "train_modules": "vte:1e-4"}
+        | {"base_learning_rate": 1e-5, "base_batch_size": 64, "llm_name_or_path": "l"}
+    )
     saved = tmp_path / "saved.json"
     saved.write_text(json.dumps(run.to_dict()))
     again = load_config([str(saved)])
-    assert (again.model, again.data, again.training) == (run.model, run.data, run.training)
+    assert (again.model, again.data) == (run.model, run.data)
+    assert (again.loop, again.training) == (run.loop, run.training)
     assert again.notes == []
 
 
@@ -144,7 +150,7 @@ def test_an_unknown_key_names_the_nearest_keys(failure, tmp_path):
     error = failure(json.dumps(REQUIRED | {"learning_rat": 1}))
     assert error.where == f"file {tmp_path}/run.json"
     assert error.what == 'unknown key "learning_rat"'
-    assert error.fix == 'did you mean "learning_rate"?'
+    assert error.fix == 'did you mean "learning_rate", "base_learning_rate"?'
 
 
 @pytest.mark.parametrize("key", ["//", "_zzz"])
@@ -244,6 +250,69 @@ def test_a_missing_required_key_is_named(failure, tmp_path, key):
     assert error.fix.startswith(f'add "{key}": "')
 
 
+def test_a_model_of_two_parts_stands_for_model_path():
+    parts = ["--llm_name_or_path", "~/l", "--vit_name_or_path=v"]
+    run = load_config([*REQUIRED_ARGV, "--model_path=", *parts])
+    assert (run.model.model_path, run.model.vit_name_or_path) == ("", "v")
+    assert run.model.llm_name_or_path == os.path.expanduser("~/l")
+    assert run.notes == []
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [("llm_name_or_path", "vit_name_or_path"), ("vit_name_or_path", "llm_name_or_path")],
+)
+def test_one_part_of_a_model_is_not_enough(given, missing):
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"--{given}", "x", "--data_path", "a", "--output_dir", "o"])
+    assert caught.value.what == f"missing: {missing}"
+    assert caught.value.fix.startswith(f'add "{missing}": "')
+
+
+def test_parts_beside_a_model_path_have_no_effect(load):
+    run = load({"vit_name_or_path": "v"}, "--llm_name_or_path", "l")
+    assert (run.model.llm_name_or_path, run.model.vit_name_or_path) == (None, None)
+    assert run.notes == [
+        "llm_name_or_path has no effect: the checkpoint's own config rules",
+        "vit_name_or_path has no effect: the checkpoint's own config rules",
+    ]
+    assert "vit_name_or_path" not in run.sources
+
+
+def test_two_learning_rates_are_an_error(load, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load({"learning_rate": 1e-5, "base_batch_size": 64}, "--base_learning_rate", "1e-4")
+    assert caught.value.where == "command line, base_learning_rate"
+    assert caught.value.what == f"learning_rate is given too, in file {tmp_path}/run.json"
+
+
+def test_a_stream_needs_a_number_of_steps(load, tmp_path):
+    assert load({"streaming": True, "max_steps": 5}).data.streaming is True
+    with pytest.raises(ConfigError) as caught:
+        load({"streaming": True})
+    assert caught.value.where == f"file {tmp_path}/run.json, streaming"
+    assert caught.value.what == "a stream has no known end, and max_steps is not given"
+
+
+def test_evaluation_sets_and_a_mix_are_read_from_the_command_line(load):
+    run = load({}, "--eval_data_path", '{"a": "x|y"}', "--mix", '{"train": 0.5}')
+    assert run.data.eval_data_path == {"a": ["x", "y"]}
+    assert run.data.mix == {"train": 0.5}
+
+
+def test_automatic_resume_is_true_where_a_complete_checkpoint_stands(load, tmp_path):
+    keys = {"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": "auto"}
+    run = load(keys)
+    assert run.training == {"output_dir": str(tmp_path / "out")}
+    assert run.notes == []
+    for step, file in (2, "trainer_state.json"), (10, "trainer_state.json"), (12, "model"):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "out" / f"checkpoint-{step}" / file).touch()
+    run = load(keys)
+    assert run.training["resume_from_checkpoint"] is True
+    assert run.notes == [f"resumes from {tmp_path}/out/checkpoint-10"]
+
+
 def test_all_missing_keys_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config([])
@@ -270,3 +339,29 @@ def test_a_value_the_schema_refuses_names_its_source(load):
     assert caught.value.what == (
         "single_image_max_pixels 2408448 is below single_image_min_pixels 9999999"
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "what"),
+    [
+        (
+            {"streaming": True, "max_steps": 5, "mix": {"a": 2}},
+            "mix",
+            "a stream does not know how many records a set has",
+        ),
+        (
+            {"mix": {"a": 2}, "train_sampling_strategy": "sequential"},
+            "train_sampling_strategy",
+            '"sequential" does not go with mix, which has an order of its own',
+        ),
+        (
+            {"streaming": True, "max_steps": 5, "train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy",
+            '"group_by_length" does not go with streaming, which has an order of its own',
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together(failure, keys, key, what):
+    error = failure(json.dumps(REQUIRED | keys))
+    assert error.where.endswith(f", {key}")
+    assert error.what == what

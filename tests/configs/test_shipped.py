@@ -5,9 +5,11 @@ import pytest
 from trl import SFTConfig
 
 from vlmtune.configs.load import load_config
+from vlmtune.configs.stages import read_recipe, stage_config
 
 CONFIGS = files("vlmtune.configs")
 PRESETS = sorted(path.name for path in (CONFIGS / "presets").iterdir())
+RECIPES = sorted(path.name for path in (CONFIGS / "recipes").iterdir())
 OFFICIAL = [name for name in PRESETS if name.startswith("ovis2_5_full")]
 
 
@@ -54,6 +56,46 @@ def test_the_presets_differ_only_in_the_model_its_pixels_and_the_output():
         "single_image_max_pixels": 2408448,
     }
     assert large["single_image_max_pixels"] == 3211264
+
+
+def stages(name):
+    recipe = read_recipe([str(CONFIGS / "recipes" / name), "--stage", "all"])
+    return [stage_config(recipe, stage) for stage in recipe.names]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_stage_of_every_recipe_builds_a_real_sft_config(name, tmp_path):
+    runs = stages(name)
+    assert [run.training["output_dir"].rpartition("/")[2] for run in runs] == [
+        "stage1",
+        "stage2",
+        "stage3",
+    ]
+    for run in runs:
+        assert [note for note in run.notes if "starts from" not in note] == []
+        on_cpu = {"use_cpu": True, "bf16": False, "tf32": None, "deepspeed": None}
+        config = SFTConfig(**{**run.training, **on_cpu, "output_dir": str(tmp_path)})
+        assert config.learning_rate == run.training["learning_rate"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_stages_train_more_of_the_model_each(name):
+    assert [run.model.train_modules for run in stages(name)] == [
+        "visual_tokenizer",
+        "visual_tokenizer|vte",
+        "all",
+    ]
+
+
+def test_the_official_recipe_has_the_rates_of_the_document_and_else_the_preset():
+    runs = stages("ovis2_5_three_stage.json")
+    assert [run.training["learning_rate"] for run in runs] == [1e-4, 5e-5, 2e-5]
+    preset = json.loads((CONFIGS / "presets/ovis2_5_full.json").read_text())
+    recipe = json.loads((CONFIGS / "recipes/ovis2_5_three_stage.json").read_text())
+    changed = {"learning_rate", "output_dir", "stages"}
+    assert {k: v for k, v in recipe.items() if k not in changed} == {
+        k: v for k, v in preset.items() if k not in changed
+    }
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

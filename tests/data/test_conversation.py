@@ -441,3 +441,200 @@ def test_conversation_survives_an_arrow_dataset(said, media):
     assert dataset[1] == row
     assert Conversation.from_row(dataset[1]) == conversation
     assert not {"image", "images"} & set(dataset.column_names)
+
+
+def messages(*said: tuple[str, Any], **rest) -> dict[str, Any]:
+    turns = [{"role": role, "content": content} for role, content in said]
+    return {"id": "coco_0123", **rest, "messages": turns}
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def test_messages_become_the_turns_that_conversations_give():
+    given = messages(
+        ("system", "Be brief."),
+        ("user", [{"type": "image"}, text_part("What?"), text_part("Say."), {"type": "image"}]),
+        ("assistant", [text_part("A cat.")]),
+        ("user", "Sure? <image>"),
+        ("assistant", "Yes."),
+        images=["a.png", "b.png", "c.png"],
+    )
+    said: Said = [
+        ("system", "Be brief."),
+        ("human", "<image>\nWhat?\nSay.\n<image>"),
+        ("gpt", "A cat."),
+        ("human", "Sure? <image>"),
+        ("gpt", "Yes."),
+    ]
+    conversation = parse(given, "/data")
+    assert conversation == parse(record(said, image=["a.png", "b.png", "c.png"]), "/data")
+    assert conversation.images == ["/data/a.png", "/data/b.png", "/data/c.png"]
+
+
+def test_video_part_stands_for_the_video():
+    given = messages(("user", [{"type": "video"}]), ("assistant", "A dog."), video="a.mp4")
+    assert parse(given).turns[0].text == "<video>"
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("value", ["a.png", ["a.png"]])
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_image_and_images_mean_the_same(key, value, form):
+    given = record(asked("<image>")) if form == "conversations" else None
+    given = given or messages(("user", "<image>"), ("assistant", "A cat."))
+    assert parse({**given, key: value}).images == ["a.png"]
+    # What a table has no value for is null.
+    other = {"image": "images", "images": "image"}[key]
+    assert parse({**given, key: value, other: None}).images == ["a.png"]
+
+
+def test_image_and_images_together_are_refused():
+    error = error_of(record(asked("<image>"), image="a.png", images=["a.png"]))
+    assert (error.where, error.what) == (AT, 'has both "image" and "images".')
+
+
+GOOD = ("user", "What?")
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "what", "fix"),
+    [
+        pytest.param(
+            messages(),
+            "messages",
+            "is empty.",
+            'write a list of {"role": ..., "content": ...}.',
+            id="empty",
+        ),
+        pytest.param(
+            {"id": "coco_0123", "messages": "Hi"},
+            "messages",
+            "is a string, not a list.",
+            'write a list of {"role": ..., "content": ...}.',
+            id="no-list",
+        ),
+        pytest.param(
+            {"id": "coco_0123", "messages": [{"from": "human", "value": "Hi"}]},
+            "messages[0]",
+            'is not an object with "role" and "content".',
+            "write both keys.",
+            id="llava-turn",
+        ),
+        pytest.param(
+            messages(GOOD, ("gpt", "A cat.")),
+            "messages[1].role",
+            'unknown role "gpt".',
+            'write "assistant"; known are user, assistant, system.',
+            id="llava-role",
+        ),
+        pytest.param(
+            messages(GOOD, ("asistant", "A cat.")),
+            "messages[1].role",
+            'unknown role "asistant".',
+            'write "assistant"; known are user, assistant, system.',
+            id="typo",
+        ),
+        pytest.param(
+            messages(GOOD),
+            "messages",
+            'has no message of "assistant".',
+            "add an answer, or remove the record.",
+            id="no-answer",
+        ),
+        pytest.param(
+            messages(GOOD, ("assistant", [text_part(" ")])),
+            "messages[1].content",
+            "answer without text.",
+            "write the answer, or remove the turn.",
+            id="empty-answer",
+        ),
+        pytest.param(
+            messages(("user", 5), ("assistant", "A cat.")),
+            "messages[0].content",
+            "is int 5, not text.",
+            "write a string.",
+            id="number",
+        ),
+        pytest.param(
+            messages(("user", [{"type": "text"}]), ("assistant", "A cat.")),
+            "messages[0].content[0].text",
+            "is missing, not text.",
+            "write a string.",
+            id="part-without-text",
+        ),
+        pytest.param(
+            messages(("user", [text_part("a"), {"type": "audio"}]), ("assistant", "A cat.")),
+            "messages[0].content[1]",
+            "is no part of a message.",
+            'write {"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}.',
+            id="unknown-part",
+        ),
+        pytest.param(
+            messages(("user", [{"type": "image"}]), ("assistant", "A cat."), images=[]),
+            "messages[0].content",
+            '1 "<image>" placeholder, but "images" lists 0 files.',
+            'list a file in "images" for each placeholder, or remove the surplus.',
+            id="image-missing",
+        ),
+    ],
+)
+def test_broken_messages_are_refused_with_their_place(given, place, what, fix):
+    error = error_of(given)
+    assert (error.where, error.what, error.fix) == (f"{AT}, {place}", what, fix)
+
+
+def caption(**keys) -> Conversation:
+    given = {"id": "coco_0123", "image": "a.png", **keys}
+    return parse_conversation(given, "train.json", 17, "/data", "caption")
+
+
+@pytest.mark.parametrize(
+    ("keys", "template"),
+    [({}, "<image>"), ({"caption_template": "See <image>: "}, "See <image>: ")],
+)
+def test_caption_stands_plainly_behind_its_template_and_alone_is_trained(keys, template):
+    conversation = caption(caption=" A cat.", **keys)
+    assert conversation.turns == [Turn("plain", template), Turn("plain", " A cat.", trained=True)]
+    assert conversation.images == ["/data/a.png"]
+    row = {**conversation.to_row(), "length": 5, "trained_tokens": 2}
+    assert Conversation.from_row(datasets.Dataset.from_list([row], FEATURES)[0]) == conversation
+
+
+@pytest.mark.parametrize(
+    ("keys", "place", "what"),
+    [
+        ({}, "caption", "is missing, not text."),
+        ({"caption": " "}, "caption", "is empty."),
+        (
+            {"caption": "A cat.", "caption_template": "See:"},
+            "caption_template",
+            '0 "<image>" placeholders.',
+        ),
+        (
+            {"caption": "A cat.", "caption_template": "<image><image>"},
+            "caption_template",
+            '2 "<image>" placeholders.',
+        ),
+        (
+            {"caption": "A <image>."},
+            "caption_template, caption",
+            '2 "<image>" placeholders, but "image" lists 1 file.',
+        ),
+        (
+            {"caption": "A cat.", "image": None},
+            "caption_template",
+            '1 "<image>" placeholder, but "image" lists 0 files.',
+        ),
+    ],
+)
+def test_broken_caption_is_refused_with_its_place(keys, place, what):
+    with pytest.raises(DataError) as error:
+        caption(**keys)
+    assert (error.value.where, error.value.what) == (f"{AT}, {place}", what)
+
+
+def test_caption_record_in_a_set_of_conversations_is_refused():
+    error = error_of({"id": "coco_0123", "image": "a.png", "caption": "A cat."})
+    assert (error.where, error.what) == (f"{AT}, conversations", "is missing, not a list.")

@@ -10,6 +10,7 @@ import pytest
 from vlmtune.core.errors import DataError
 from vlmtune.data.conversation import Conversation
 from vlmtune.data.dataset import PreparedData, prepare_dataset
+from vlmtune.data.sources import Source
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +69,7 @@ def prepare(checks):
         check_files=None,
     ):
         return prepare_dataset(
-            paths,
-            folder,
+            [Source(Path(path).stem, path, folder) for path in paths],
             check_files=check_files or checks.check_files,
             measure=checks.measure,
             skip_bad=skip_bad,
@@ -132,7 +132,7 @@ def test_first_bad_record_stops_the_preparation(write, prepare, cache, bad, plac
         prepare(path)
     assert error.value.where == f'{path}, record 2 (id "two"), {place}'
     assert error.value.what == what
-    assert not cache.exists()
+    assert not list(cache.glob("*"))
 
 
 def test_broken_line_stops_the_preparation(write, prepare):
@@ -235,7 +235,7 @@ def test_nothing_left_is_refused_each_time(write, prepare, cache, records, what)
         assert error.value.fix == (
             "mend the data, or raise multimodal_max_length and text_max_length."
         )
-    assert not cache.exists()
+    assert not list(cache.glob("*"))
 
 
 @pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
@@ -380,3 +380,114 @@ def test_failed_media_file_is_tried_again_at_the_next_start(write, prepare):
     assert ids(prepare(path, skip_bad=True, check_files=check)) == ["one"]
     mended.append(True)
     assert ids(prepare(path, skip_bad=True, check_files=check)) == ["one", "two"]
+
+
+def test_totals_and_sizes_are_counted_and_kept(write, prepare, tmp_path):
+    write("a.png", "12345")
+    first = write("1.json", [record("a"), record("b", answer="Yes."), record("c", answer="")])
+    second = write("2.json", [record("d", "<image>", image="a.png"), record("e", "Cut it: cut")])
+    third = write("3.json", [record("f", answer="")])
+    for _ in range(2):
+        prepared = prepare(first, second, third, folder=str(tmp_path), skip_bad=True)
+        assert list(prepared.dataset["length"]) == [5, 4, 8]
+        assert (prepared.tokens, prepared.trained_tokens, prepared.longest) == (17, 5, 8)
+        assert prepared.sizes == [2, 1, 0]
+        assert prepared.has_images is True
+    assert prepare(first, skip_bad=True).has_images is False
+
+
+@pytest.mark.parametrize("change", [touch_image, remove_image])
+def test_image_of_a_sample_left_out_counts_too(write, prepare, checks, tmp_path, change):
+    image = Path(write("a.png", "12345"))
+    records = [record("one"), record("two", "<image> cut", image="a.png")]
+    path = write("d.json", records)
+    for _ in range(2):
+        assert ids(prepare(path, folder=str(tmp_path), skip_bad=True)) == ["one"]
+    assert sorted(checks.checked) == ["one", "two"]
+    change(path, image)
+    prepare(path, folder=str(tmp_path), skip_bad=True)
+    assert sorted(checks.checked) == ["one", "one", "two", "two"]
+
+
+def test_stale_result_is_replaced_and_leaves_nothing_behind(write, prepare, tmp_path, cache):
+    image = Path(write("a.png", "12345"))
+    path = write("d.json", [record("one", "<image>", image="a.png")])
+    prepare(path, folder=str(tmp_path))
+    [before] = cache.iterdir()
+    touch_image(path, image)
+    prepare(path, folder=str(tmp_path))
+    assert list(cache.iterdir()) == [before]
+
+
+def test_other_processes_neither_parse_nor_look_at_media(write, prepare, tmp_path, monkeypatch):
+    image = Path(write("a.png", "12345"))
+    path = write("d.json", [record("one", "<image>", image="a.png")])
+    first = prepare(path, folder=str(tmp_path))
+    image.unlink()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(Source, "records", None)
+    again = prepare(path, folder=str(tmp_path))
+    monkeypatch.undo()
+    assert again.dataset.to_list() == first.dataset.to_list()
+    assert again.totals == first.totals
+
+
+def test_all_records_are_parsed_before_the_first_file_is_opened(write, prepare, checks):
+    bad = record("last", answer="")
+    path = write("d.json", [*(record(str(i), "<image>", image="no.png") for i in range(50)), bad])
+    with pytest.raises(DataError, match=r"record 51 \(id .last.\)"):
+        prepare(path)
+    assert checks.checked == []
+
+
+def test_records_are_read_a_few_ahead_of_the_one_written(write, prepare, monkeypatch):
+    taken, ahead = [], []
+    real = Source.records
+
+    def records(source):
+        for index, given in real(source):
+            taken.append(index)
+            yield index, given
+
+    def check(conversation):
+        ahead.append(len(taken) - 3000 - conversation.record)
+        return []
+
+    monkeypatch.setattr(Source, "records", records)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    path = write("d.json", [record(str(i)) for i in range(3000)])
+    assert len(prepare(path, check_files=check).dataset) == 3000
+    assert len(taken) == 6000
+    assert max(ahead) < 200
+
+
+def test_sets_keep_their_folder_and_format(write, prepare, checks, tmp_path):
+    (tmp_path / "pics").mkdir()
+    write("pics/a.png", "12345")
+    caption = write("c.json", [{"image": "a.png", "caption": "A cat."}])
+    prepared = prepare_dataset(
+        [
+            Source("c", caption, str(tmp_path / "pics"), "caption"),
+            Source("d", write("d.json", [record("one")])),
+        ],
+        check_files=checks.check_files,
+        measure=checks.measure,
+        skip_bad=False,
+        fingerprint="t",
+    )
+    assert [row["turns"][0]["role"] for row in prepared.dataset] == ["plain", "user"]
+    assert prepared.dataset[0]["image_files"] == [str(tmp_path / "pics/a.png")]
+    assert prepared.sizes == [1, 1]
+
+
+def test_caption_that_was_cut_off_is_listed_with_its_field(write, checks, tmp_path):
+    path = write("c.json", [{"image": "a.png", "caption": "A.", "caption_template": "cut <image>"}])
+    write("a.png", "12345")
+    with pytest.raises(DataError, match="no sample is left to learn from; 1 were left out"):
+        prepare_dataset(
+            [Source("c", path, str(tmp_path), "caption")],
+            check_files=checks.check_files,
+            measure=checks.measure,
+            skip_bad=False,
+            fingerprint="t",
+        )

@@ -1,5 +1,8 @@
 """Every way a data file may be written, and what is said of a broken one."""
 
+import json
+import tracemalloc
+
 import pytest
 
 from vlmtune.core.errors import DataError
@@ -181,3 +184,94 @@ def test_whatever_stands_in_the_list_is_handed_on(tmp_path):
 def test_json_that_python_cannot_hold_is_refused(tmp_path, text):
     path = write(tmp_path, "d.json", text)
     assert error_of(path).where.startswith(str(path))
+
+
+LONG = "x" * 500
+PLACES = (
+    '[\n {"id": 1, "n": -12.5e3},\n {"id": "\\ud83d\\ude42", "t": [true, null, "' + LONG + '"]},\n'
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("[]", id="empty"),
+        pytest.param(" [ ] \n", id="empty-with-spaces"),
+        pytest.param("[1, 23, 456]", id="numbers"),
+        pytest.param("[1234.5e-7 ,true,\nnull, -Infinity, NaN,false]\n", id="literals"),
+        pytest.param(PLACES + ' {"id": 3}\n]\n', id="objects"),
+        pytest.param('["\\u00fc", "' + LONG + '", "ü图🙂"]', id="strings"),
+    ],
+)
+def test_array_read_in_pieces_is_what_json_reads_at_once(tmp_path, monkeypatch, chunk, text):
+    monkeypatch.setattr("vlmtune.data.records.CHUNK", chunk)
+    path = write(tmp_path, "d.json", text)
+    records = [record for _, record in read_records(path)]
+    assert repr(records) == repr(json.loads(text))  # by repr: NaN differs from itself
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLACES + ' {"id": tru}\n]',
+        PLACES + ' {"id": 3,}\n]',
+        PLACES + ' {"id": "\\u12"}\n]',
+        PLACES + ' {"id": "' + LONG,
+        PLACES + " 3, ]",
+        PLACES + " 3 4]",
+        PLACES + " 3",
+        PLACES + " 3] 5",
+        PLACES + " 3}",
+        PLACES,
+        "[,1]",
+        "[",
+    ],
+)
+def test_broken_array_is_reported_as_json_reports_it(tmp_path, monkeypatch, chunk, text):
+    monkeypatch.setattr("vlmtune.data.records.CHUNK", chunk)
+    path = write(tmp_path, "d.json", text)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    error = error_of(path)
+    place = f"line {expected.value.lineno}, column {expected.value.colno}"
+    assert error.where == f"{path}, {place}"
+    assert error.what == f"broken JSON: {expected.value.msg}."
+
+
+def test_records_before_the_fault_come_first(tmp_path):
+    path = write(tmp_path, "d.json", '[{"id": 1}, {"id": 2}, {"id" 3}]')
+    records = read_records(path)
+    assert [next(records), next(records)] == [(1, {"id": 1}), (2, {"id": 2})]
+    with pytest.raises(DataError, match="column 30"):
+        next(records)
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_array_and_lines_are_never_held_whole(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("vlmtune.data.records.CHUNK", 1000)
+    record = json.dumps({"id": "x" * 90})
+    text = "\n".join([record] * 5000) if name == "d.jsonl" else f"[{','.join([record] * 5000)}]"
+    path = write(tmp_path, name, text)
+    list(read_records(write(tmp_path, "warm-up.json", "[1]")))
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path)) == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 500_000
+    assert peak < 100_000
+
+
+def test_wrong_byte_far_into_a_file_is_counted_from_its_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmtune.data.records.CHUNK", 1000)
+    content = f'["{"ü" * 30_000}", '.encode()
+    path = write(tmp_path, "d.json", content + b'"\xff"]')
+    assert error_of(path).what == (
+        f"is not UTF-8 text (invalid start byte at byte {len(content) + 1})."
+    )
+
+
+def test_value_that_python_cannot_hold_is_named_by_its_position(tmp_path):
+    path = write(tmp_path, "d.json", '[{"id": 1}, {"id": %s}]' % ("1" * 5000))
+    assert error_of(path).where == f"{path}, record 2"

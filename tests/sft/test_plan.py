@@ -1,38 +1,51 @@
-"""The steps the banner announces are those the trainer counts."""
+"""The steps the banner announces are those the trainer counts, and what it says of a run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
 from trl.trainer.sft_config import SFTConfig
 
-from vlmtune.sft.plan import schedule
+from vlmtune.configs.load import load_config
+from vlmtune.data.dataset import PreparedData, Totals
+from vlmtune.sft.arguments import training_arguments
+from vlmtune.sft.batches import EpochBatches, sequential
+from vlmtune.sft.data import RunData
+from vlmtune.sft.modules import TrainedModule
+from vlmtune.sft.plan import banner, schedule
 
 
 @pytest.mark.parametrize(
     ("samples", "ranks", "keys", "expected"),
     [
-        pytest.param(10, 1, {"per_device_train_batch_size": 4}, (4, 3, 9), id="last-batch-short"),
+        pytest.param(10, 1, {"per_device_train_batch_size": 4}, (3, 9), id="last-batch-short"),
         pytest.param(
             10,
             1,
             {"per_device_train_batch_size": 4, "dataloader_drop_last": True},
-            (4, 2, 6),
+            (2, 6),
             id="last-batch-dropped",
         ),
         pytest.param(
             10,
             1,
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-            (8, 2, 6),
+            (2, 6),
             id="accumulation-rounds-up",
         ),
-        pytest.param(10, 2, {"per_device_train_batch_size": 2}, (4, 3, 9), id="two-ranks"),
+        pytest.param(10, 2, {"per_device_train_batch_size": 2}, (3, 9), id="two-ranks"),
         pytest.param(
-            10, 1, {"per_device_train_batch_size": 4, "max_steps": 2}, (4, 3, 2), id="max-steps"
+            10, 1, {"per_device_train_batch_size": 4, "max_steps": 2}, (3, 2), id="max-steps"
         ),
         pytest.param(
             10,
             1,
             {"per_device_train_batch_size": 4, "num_train_epochs": 1.5},
-            (4, 3, 5),
+            (3, 5),
             id="fraction-of-an-epoch",
         ),
     ],
@@ -41,13 +54,26 @@ def test_schedule(samples, ranks, keys, expected, monkeypatch, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **keys)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     plan = schedule(samples, args)
-    assert (plan.batch, plan.per_epoch, plan.total) == expected
+    assert (plan.per_epoch, plan.total) == expected
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_loader_has_as_many_batches_as_the_schedule_steps(ranks, drop, monkeypatch, tmp_path):
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=3,
+        dataloader_drop_last=drop,
+    )
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for samples in range(9, 30):
+        batches = EpochBatches(sequential(samples), samples, samples, 3, 0, ranks, drop)
+        assert len(batches) == len(list(batches)) == schedule(samples, args).per_epoch
 
 
 def test_trainer_counts_the_same_steps(tmp_path):
-    from datasets import Dataset
-    from transformers import Trainer
-
     for keys in ({"gradient_accumulation_steps": 4}, {"num_train_epochs": 1.5}, {}):
         args = SFTConfig(
             output_dir=str(tmp_path),
@@ -59,27 +85,81 @@ def test_trainer_counts_the_same_steps(tmp_path):
             remove_unused_columns=False,
             **keys,
         )
-        trainer = Trainer(_linear(), args, train_dataset=Dataset.from_dict({"x": range(20)}))
+        trainer = Trainer(Line(), args, train_dataset=Dataset.from_dict({"x": range(20)}))
         trainer.data_collator = _column
         trainer.train()
         assert trainer.state.max_steps == schedule(20, args).total
 
 
-def _linear():
-    import torch
+class Line(torch.nn.Module):
+    dtype = torch.float32
 
-    class Line(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.ones(()))
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+        self.frozen = torch.nn.Parameter(torch.ones(1999), requires_grad=False)
 
-        def forward(self, x):
-            return {"loss": (self.w * x).pow(2).mean()}
-
-    return Line()
+    def forward(self, x):
+        return {"loss": (self.w * x).pow(2).mean()}
 
 
 def _column(rows):
-    import torch
-
     return {"x": torch.tensor([float(row["x"]) for row in rows])}
+
+
+def prepared(size: int, *left_out: dict[str, Any]) -> PreparedData:
+    totals = Totals([size], tokens=20_000, trained_tokens=2_500, longest=1_234)
+    return PreparedData(Dataset.from_dict({"x": range(size)}), [*left_out], totals)
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """`told(data, key=value)` is the banner of a run of `Line` with those keys."""
+    monkeypatch.chdir(tmp_path)
+
+    def tell(data: RunData, **keys) -> list[str]:
+        given = {"model_path": "m", "data_path": "d", "output_dir": "out", "use_cpu": True} | keys
+        config = load_config([word for k, v in given.items() for word in (f"--{k}", str(v))])
+        model: Any = Line()
+        modules = [TrainedModule("w", 2e-5, {"w": model.w})]
+        return banner(config, training_arguments(config), model, modules, data).splitlines()
+
+    return tell
+
+
+def test_banner_of_a_run(told):
+    encoder: Any = None
+    data = RunData(encoder, prepared(1000, {}), {"a": prepared(3), "b": prepared(4, {}, {})})
+    keys = {"base_learning_rate": 1e-5, "base_batch_size": 8}
+    keys |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    assert told(data, **keys, num_train_epochs=1.5) == [
+        "  model    m (Line, torch.float32)",
+        "  trained  1 of 2,000 parameters (0.1%)",
+        "  samples  1,000 train, 7 eval, 3 left out (bad_samples.jsonl)",
+        "  tokens   20,000 in the data, longest sample 1,234, 12.5% trained",
+        "  steps    48 = 32 per epoch, 1.50 epochs",
+        "  batch    32 = 8 per device x 4 accumulation x 1 processes",
+        "  trainer  trl, learning rate 2e-05 = 1e-05 x sqrt(32 / 8), fp32 on cpu",
+        f"  output   {Path('out').resolve()}",
+        "  module  parameters  learning rate    dtype",
+        "  w                1          2e-05  float32",
+    ]
+
+
+def test_banner_of_a_mixed_epoch_counts_what_is_drawn(told):
+    encoder: Any = None
+    sampler: Any = range(320)
+    data = RunData(encoder, prepared(1000), {}, sampler=sampler)
+    lines = told(data, per_device_train_batch_size=32, learning_rate=3e-4, trainer="standard")
+    assert "  samples  320 train, 0 eval" in lines
+    assert "  steps    30 = 10 per epoch, 3.00 epochs" in lines
+    assert "  trainer  standard, learning rate 0.0003, fp32 on cpu" in lines
+
+
+def test_banner_of_a_stream_knows_its_steps_alone(told):
+    encoder: Any = None
+    stream: Any = SimpleNamespace()
+    data = RunData(encoder, None, {"": prepared(3)}, stream=stream)
+    lines = told(data, max_steps=5000, streaming=True, bf16=True)
+    assert lines[2:4] == ["  samples  a stream, 3 eval", "  steps    5,000"]
+    assert lines[5].endswith("bf16 on cpu")

@@ -30,6 +30,7 @@ COMPLETE = {
     "vlmtune_run.json",
     "trainer_state.json",
     "log.jsonl",
+    "loss.png",
 }
 
 
@@ -105,8 +106,8 @@ def test_standard_trainer_gives_the_losses_of_trl(one_process, launch, losses):
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["trl", "standard"])
-def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(mode, launch, losses, tmp_path):
+def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, losses, tmp_path):
+    # With TRL's trainer and under ZeRO: test_zero.py.
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     with_image = [r for r in records if "image" in r][:8]
     text_only = [r for r in records if "image" not in r][:8]
@@ -114,33 +115,43 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(mode, launch
     data = tmp_path / "mixed.json"
     data.write_text(json.dumps(mixed), "utf-8")
     keys = {"data_path": data, "max_steps": 6, "dataloader_shuffle": "false"}
-    one, alone = launch(1, mode, name="alone", per_device_train_batch_size=2, **keys)
-    two, split = launch(2, mode, name="split", per_device_train_batch_size=1, **keys)
+    one, alone = launch(1, "standard", name="alone", per_device_train_batch_size=2, **keys)
+    two, split = launch(2, "standard", name="split", per_device_train_batch_size=1, **keys)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
     # Sequential rows alternate, so rank 0 sees images only and rank 1 text only.
-    assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
+    assert losses(split) == pytest.approx(losses(alone), abs=1e-5)
 
 
-def test_whole_steps_without_images_count_alike_in_one_process_and_two(launch, losses, tmp_path):
+def test_steps_without_images_and_the_short_last_one_count_alike_in_one_process_and_two(
+    launch, losses, tmp_path
+):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     with_image = [r for r in records if "image" in r][:8]
     text_only = [r for r in records if "image" not in r][:8]
-    # Two samples a step: images, images, text, text, ...
-    steps = [r for i in range(0, 8, 2) for r in with_image[i : i + 2] + text_only[i : i + 2]]
+    # Two samples a step: images, images, text, text, ...; of the last one rank 1 gets nothing.
+    steps = [r for i in range(0, 8, 2) for r in with_image[i : i + 2] + text_only[i : i + 2]][:15]
     data = tmp_path / "steps.json"
     data.write_text(json.dumps(steps), "utf-8")
-    keys = {"data_path": data, "max_steps": 8, "dataloader_shuffle": "false"}
+    keys = {"data_path": data, "max_steps": 10, "dataloader_shuffle": "false"}
     one, alone = launch(1, name="alone", per_device_train_batch_size=2, **keys)
     two, split = launch(2, name="split", per_device_train_batch_size=1, **keys)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert "10 = 8 per epoch" in two.stderr
+    assert len(losses(alone)) == 10
     assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
 
 
-def test_text_alone_trains_with_a_frozen_language_model(launch, tmp_path):
+def test_data_without_images_cannot_train_the_vision_tower(launch, tmp_path):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     data = tmp_path / "text.json"
     data.write_text(json.dumps([r for r in records if "image" not in r]), "utf-8")
-    done, _ = launch(max_steps=1, freeze_llm="true", data_path=data)
+    done, folder = launch(max_steps=2, train_modules="llm|visual_tokenizer", data_path=data)
+    assert done.returncode == 1
+    assert "train_modules, visual_tokenizer:" in done.stderr
+    assert "the gradient is exactly zero after step 1" in done.stderr
+    assert "train on data with images: this data has none" in done.stderr
+    assert not (folder / "config.json").exists()
+    done, _ = launch(max_steps=2, train_modules="llm", data_path=data)
     assert done.returncode == 0, done.stderr
 
 
@@ -275,7 +286,7 @@ def test_two_processes_evaluate_and_keep_the_best_model(launch):
 def test_evaluation_alone_trains_and_writes_no_model(launch):
     done, folder = launch(name="judged", do_train="false", eval_data_path="sample_data/eval.json")
     assert done.returncode == 0, done.stderr
-    assert "Evaluation: loss 5." in done.stderr
+    assert "Evaluation: eval_loss 5." in done.stderr
     assert not (folder / "config.json").exists()
 
 
@@ -323,33 +334,7 @@ def test_a_save_killed_on_the_way_leaves_no_folder_that_looks_finished(tiny_ovis
     assert not (folder / "config.json").exists()
 
 
-def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(one_process, launch):
-    first, folder = launch(name="first", max_steps=8, save_strategy="steps", save_steps=4)
-    assert first.returncode == 0, first.stderr
-    second, resumed = launch(
-        name="second", max_steps=8, resume_from_checkpoint=folder / "checkpoint-4"
-    )
-    assert second.returncode == 0, second.stderr
-    whole, ours = (load_file(f / "model.safetensors") for f in (one_process[1], resumed))
-    assert all(torch.equal(whole[name], ours[name]) for name in whole)
-
-
 def test_zero_2_runs_in_one_process_without_torchrun(one_process, launch, losses):
     done, folder = launch(1, name="alone", max_steps=8, deepspeed="configs/zero/zero2.json")
     assert done.returncode == 0, done.stderr
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
-
-
-def test_zero_1_and_3_give_the_losses_and_files_of_one_process(one_process, launch, losses):
-    names = load_file(one_process[1] / "model.safetensors").keys()
-    for stage in (1, 3):
-        done, folder = launch(
-            2,
-            name=f"zero{stage}",
-            max_steps=8,
-            per_device_train_batch_size=8,
-            deepspeed=f"configs/zero/zero{stage}.json",
-        )
-        assert done.returncode == 0, done.stderr
-        assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
-        assert load_file(folder / "model.safetensors").keys() == names

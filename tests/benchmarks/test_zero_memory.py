@@ -1,0 +1,315 @@
+"""The arithmetic of benchmarks/zero_memory.py against real architectures and real tensors."""
+
+import contextlib
+import gc
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vlmtune.models import Ovis2_5, Ovis2_5Config
+from vlmtune.models.ovis2_5.modeling_ovis2_5 import causal_lm_loss
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/zero_memory.py")))
+STATES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "zero_states.py")))
+
+TOKENS, SIDE = 200, 16
+PATCHES = SIDE * SIDE
+RUNS = (
+    "zero0",
+    "zero1",
+    "zero2+accumulation",
+    "zero3",
+    "zero2_offload+accumulation",
+    "zero3_offload_all",
+)
+
+
+@pytest.mark.parametrize(("size", "total"), [("2B", 2_570_429_672), ("9B", 9_174_807_784)])
+def test_the_architectures_have_the_published_number_of_parameters(size, total):
+    counts = SCRIPT.counts_of(size)
+    assert counts.total == total == sum(counts.parts.values())
+    assert counts.total - counts.trained == 2 * 1152  # post_layernorm
+    assert counts.largest == 151936 * {"2B": 2048, "9B": 4096}[size]
+
+
+def test_stage_1_trains_the_visual_tokenizer_without_its_unused_norm():
+    counts = SCRIPT.counts_of("9B", SCRIPT.STAGE_1)
+    assert counts.trained == 413_534_448 + 302_102_520 - 2 * 1152
+    assert counts.total == 9_174_807_784
+
+
+# Exact bytes of 1,000 parameters, 600 of them trained, on two GPUs.
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ("none", (4000, 0, 4800, 4800, 1400, 7200, 0)),
+        ("zero0", (2000, 2400, 4800, 1200, 1200, 6000, 0)),
+        ("zero1", (2000, 1200, 2400, 1800, 1_000_000_000, 2400, 0)),
+        ("zero2", (2000, 1200, 2400, 600, 4 * 64 + 1200, 2400, 0)),
+        ("zero3", (1000, 1200, 2400, 600, 2 * 64 + 1200 + 2000, 3000, 0)),
+        ("zero2_offload", (2000, 0, 0, 0, 4 * 64 + 1800, 0, 10_800 + 1200)),
+        ("zero3_offload", (1000, 0, 0, 0, 2 * 64 + 1200 + 2000, 0, 10_800)),
+        ("zero3_offload_all", (0, 0, 0, 0, 2 * 64 + 1200 + 2000, 0, 10_800 + 2000)),
+    ],
+)
+def test_terms_of_each_engine(engine, expected):
+    counts = SCRIPT.Counts(
+        total=1000, trained=600, largest=300, matrices=700, hidden_size=8, parts={}
+    )
+    terms = SCRIPT.memory(counts, SCRIPT.read_zero(engine), gpus=2)
+    assert tuple(terms.values()) == expected
+
+
+def test_the_worst_moment_is_the_start_of_backward_or_the_optimizer_step():
+    terms = {"weights": 1, "master": 2, "moments": 4, "gradients": 8, "backward": 16, "step": 50}
+    assert SCRIPT.peak(terms, activation_bytes=32) == 7 + 56
+    assert SCRIPT.peak(terms, activation_bytes=20) == 7 + 50
+
+
+def layered(llm_layers: int, vit_layers: int) -> Ovis2_5Config:
+    return Ovis2_5Config(
+        llm_config={
+            "model_type": "qwen3",
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": llm_layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        },
+        vit_config={
+            "hidden_size": 96,
+            "intermediate_size": 224,
+            "num_hidden_layers": vit_layers,
+            "num_attention_heads": 4,
+            "patch_size": 8,
+            "image_size": 64,
+        },
+        visual_vocab_size=516,
+    )
+
+
+def saved_bytes(model: Ovis2_5, run) -> int:
+    """Unique storages that autograd keeps of `run`, without parameters and their bf16 copies."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.shape not in shapes:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total
+
+
+def measured_layers(half: bool) -> tuple[int, int]:
+    """Saved bytes of one more layer: of the language model, of the vision encoder."""
+    found = {}
+    for llm_layers, vit_layers in ((1, 1), (2, 1), (1, 2)):
+        model = Ovis2_5(layered(llm_layers, vit_layers)).train()
+        model = model.bfloat16() if half else model
+        autocast = contextlib.nullcontext() if half else torch.autocast("cpu", torch.bfloat16)
+        embeds = model.get_input_embeddings()(torch.arange(TOKENS)[None]).detach().requires_grad_()
+        pixels = torch.randn(PATCHES, 192)
+        with autocast:
+            found[llm_layers, vit_layers] = (
+                saved_bytes(
+                    model,
+                    lambda m=model, e=embeds: m.hidden_states(inputs_embeds=e, use_cache=False),
+                ),
+                saved_bytes(
+                    model, lambda m=model, p=pixels: m.visual_tokenizer.vit(p, [(1, SIDE, SIDE)])
+                ),
+            )
+    return found[2, 1][0] - found[1, 1][0], found[1, 2][1] - found[1, 1][1]
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bf16", "autocast"])
+def test_a_layer_keeps_the_bytes_of_the_formula(half):
+    config = layered(1, 1)
+    llm, vit = measured_layers(half)
+    assert llm == pytest.approx(TOKENS * SCRIPT.llm_layer_bytes(config.llm_config, half), rel=0.02)
+    assert vit == pytest.approx(PATCHES * SCRIPT.vit_layer_bytes(config.vit_config, half), rel=0.02)
+
+
+def kept_when_checkpointing(llm_layers: int, vit_layers: int) -> int:
+    model = Ovis2_5(layered(llm_layers, vit_layers)).bfloat16().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    embeds = torch.randn(1, TOKENS, 64, dtype=torch.bfloat16, requires_grad=True)
+    pixels = torch.randn(PATCHES, 192)
+
+    def run():
+        return (
+            model.hidden_states(inputs_embeds=embeds, use_cache=False),
+            model.visual_tokenizer.vit(pixels, [(1, SIDE, SIDE)]),
+        )
+
+    return saved_bytes(model, run)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated")
+def test_checkpointing_keeps_the_input_of_each_layer_and_nothing_else_of_it():
+    kept = kept_when_checkpointing(1, 1)
+    assert kept_when_checkpointing(2, 1) == kept + TOKENS * 2 * 64
+    assert kept_when_checkpointing(1, 2) == kept + PATCHES * 2 * 96
+
+
+def test_logits_of_the_standard_loss_peak_at_twelve_bytes_each():
+    tokens, words = 60, 20_000
+    weight = torch.randn(words, 8, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(1, tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, words, (1, tokens))
+    with STATES.LiveMemory() as memory:
+        loss = causal_lm_loss(F.linear(hidden, weight), labels)
+        loss.backward()
+    assert memory.peak == pytest.approx(12 * tokens * words, rel=0.03)
+
+
+def test_the_visual_head_keeps_eight_bytes_per_word_and_token():
+    tokens = 200
+    model = Ovis2_5(layered(1, 1)).bfloat16().train()
+    features = torch.randn(tokens, 96 * 4, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        logits = model.visual_tokenizer.head(features)
+        return model.vte(F.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype))
+
+    kept = saved_bytes(model, run) - features.nbytes
+    assert kept == pytest.approx(8 * 512 * tokens, rel=0.02)
+
+
+def test_activations_add_up_the_parts():
+    config = layered(3, 4)
+    sample = SCRIPT.Sample(tokens=100, patches=64)
+    llm, vit = SCRIPT.llm_layer_bytes(config.llm_config), SCRIPT.vit_layer_bytes(config.vit_config)
+    assert SCRIPT.activations(config, sample, checkpointing=False) == {
+        "llm": 3 * 100 * llm,
+        "vit": 4 * 64 * vit,
+        "logits": 12 * 300 * 100,
+        "visual_head": 8 * 512 * 16,
+    }
+    assert SCRIPT.activations(config, sample, checkpointing=True) == {
+        "llm": 3 * 100 * 2 * 64,
+        "vit": 4 * 64 * 2 * 96,
+        "logits": 100 * llm,  # a layer that is recomputed, here larger than the logits
+        "visual_head": 8 * 512 * 16,
+    }
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory) -> dict[str, SimpleNamespace]:
+    """What two processes measured under every engine."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            str(Path(__file__).parent / "zero_states.py"),
+            str(tmp_path_factory.mktemp("checkpoints")),
+            *RUNS,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {
+        line["engine"] + ("+accumulation" if line["accumulation"] > 1 else ""): SimpleNamespace(
+            **line
+        )
+        for line in lines
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_states_gradients_and_step_live_as_the_formulas_say(run, lived):
+    found = lived[run]
+    counts = SCRIPT.count_parameters(STATES.tiny_config())
+    terms = SCRIPT.memory(counts, found.zero, gpus=2, accumulation=found.accumulation > 1)
+    states = terms["weights"] + terms["master"] + terms["moments"] + terms["host"] // 2
+    settled = states
+    if found.zero["stage"] == 3:  # its buffers for gradients stay
+        settled += terms["gradients"] + 2 * found.zero["reduce_bucket_size"]
+    elif "offload_optimizer" in found.zero:  # so does the one they cross the bus through
+        settled += 2 * counts.largest
+    assert found.settled == pytest.approx(settled, rel=0.02)
+    assert found.step == pytest.approx(max(settled, states + terms["step"]), rel=0.02)
+    activations = lived["zero1"].activations
+    backward = states + terms["gradients"] + terms["backward"] + activations
+    assert found.backward == pytest.approx(backward, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_checkpoints_take_the_space_of_the_formula(run, lived):
+    counts = SCRIPT.count_parameters(STATES.tiny_config())
+    _, optimizer = SCRIPT.checkpoint_bytes(counts, lived[run].zero)
+    assert lived[run].disk == pytest.approx(optimizer, rel=0.02)
+
+
+@pytest.mark.slow
+def test_only_zero_0_in_bf16_counts_an_adam_step_that_saw_no_gradient(lived):
+    # The trainer sets it back; deepspeed 0.19.8, runtime/fp16/unfused_optimizer.py.
+    assert {run: found.adam_steps for run, found in lived.items()} == {
+        run: 3 if run == "zero0" else 2 for run in RUNS
+    }
+
+
+@pytest.mark.parametrize("size", ["2B", "9B"])
+def test_the_choice_is_the_first_engine_that_fits(size):
+    for gpus in SCRIPT.GPUS:
+        for card in SCRIPT.CARDS:
+            choice = SCRIPT.first_that_fits(size, gpus, card, "longest")
+            fits = [
+                engine
+                for engine in SCRIPT.CHOICES
+                if SCRIPT.run_peak(size, engine, gpus, "longest") <= card * 0.9e9
+            ]
+            assert choice == (fits[0] if fits else None)
+
+
+def test_the_page_holds_exactly_the_tables_of_the_script():
+    page = (ROOT / "docs/zero.md").read_text(encoding="utf-8")
+    tables = SCRIPT.tables()
+    assert sorted(re.findall(r"<!-- (.+) -->", page)) == sorted(tables)
+    for name, text in tables.items():
+        assert f"<!-- {name} -->\n{text}\n\n" in f"{page}\n"
+    assert len(re.findall(r"^\| ---", page, re.MULTILINE)) == len(tables)
+
+
+def test_the_stored_result_is_what_the_script_computes_today():
+    stored = json.loads((ROOT / "benchmarks/results/zero_memory.json").read_text("utf-8"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored["date"])
+    assert stored["models"] == json.loads(json.dumps(SCRIPT.result()["models"]))
+
+
+def test_collected_garbage_leaves_the_live_count():
+    with STATES.LiveMemory() as memory:
+        kept = torch.zeros(10)
+        torch.zeros(1000)
+        gc.collect()
+        view = kept[:5]
+        assert memory.live == 40
+        assert memory.peak == 4040
+        del kept, view
+    assert memory.live == 0
