@@ -59,30 +59,40 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+class FreshAdam(TrainerCallback):
+    """Sets Adam's step count to 0 at the start of a run: DeepSpeed 0.19 makes the states of stage 0
+    in half precision by a step without gradients, which would count in the bias correction."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ):
+        if state.global_step == 0:
+            for values in base_optimizer(kwargs["optimizer"]).state.values():
+                if "step" in values:
+                    values["step"] = values["step"] * 0
+
+
 class GradientReport(TrainerCallback):
     """After the first optimizer step with an image (any step, for data without one): the norm of
-    each module's gradient, as a table.
+    each module's gradient, as a table. Without an image in `PATIENCE` steps it gives up.
 
     Raises:
         ConfigError: a requested module got no gradient, or one that is exactly zero.
     """
+
+    PATIENCE = 100
 
     def __init__(self, modules: list[TrainedModule], has_images: bool):
         self.norms = GradientNorms(modules)
         self.has_images = has_images
         self.saw_image = not has_images
         self._hook: Any = None
+        self._steps = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ):
         optimizer = base_optimizer(kwargs["optimizer"])
-        if state.global_step == 0:
-            # DeepSpeed 0.19 makes the states of stage 0 in half precision by a step without
-            # gradients, which would count in Adam's bias correction.
-            for values in optimizer.state.values():
-                if "step" in values:
-                    values["step"] = values["step"] * 0
         self._hook = optimizer.register_step_pre_hook(self.norms.read)
 
     def on_optimizer_step(
@@ -91,10 +101,13 @@ class GradientReport(TrainerCallback):
         if self._hook is None:
             return
         norms = self.norms.take(args.device)
+        self._steps += 1
         if norms is None or not _on_any_rank(self.saw_image, args.device):
+            if self._steps == self.PATIENCE:
+                self._stop_looking()
+                say(f"\nNo image in {self._steps} steps: gradients by module were not looked at.")
             return
-        self._hook.remove()
-        self._hook = None
+        self._stop_looking()
         rows = [(name, f"{norm:.3e}") for name, norm in norms.items()]
         say(f"\nGradients of step {state.global_step + 1}, averaged and clipped:")
         say(table([("module", "norm"), *rows]))
@@ -109,6 +122,10 @@ class GradientReport(TrainerCallback):
                     else "train on data with images: this data has none"
                 ),
             )
+
+    def _stop_looking(self) -> None:
+        self._hook.remove()
+        self._hook = None
 
 
 class StopOnSignal(TrainerCallback):

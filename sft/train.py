@@ -16,7 +16,7 @@ from ..core.logging import note, say
 from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
 from ..models.ovis2_5.build import ensure_base
 from .arguments import host_refusal, training_arguments
-from .callbacks import JsonLinesLog, StopOnSignal
+from .callbacks import FreshAdam, JsonLinesLog, StopOnSignal
 from .data import RunData, load_data
 from .modules import apply_train_modules
 from .output import check_output_dir, check_resumable, remove_checkpoints, save_finished
@@ -54,7 +54,8 @@ def run(config: RunConfig) -> None:
         check_positions(model, data)
         modules = apply_train_modules(model, config.model, args.learning_rate)
         try:
-            trainer = make_trainer(config, model, args, data, modules, [JsonLinesLog(), stop])
+            callbacks = [JsonLinesLog(), FreshAdam(), stop]
+            trainer = make_trainer(config, model, args, data, modules, callbacks)
         except (ValueError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
         say(banner(config, args, model, modules, data))

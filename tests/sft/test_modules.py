@@ -8,7 +8,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from vlmtune.configs.schema import ModelConfig
 from vlmtune.core.errors import ConfigError
 from vlmtune.models import Ovis2_5, Ovis2_5Config
-from vlmtune.sft.callbacks import GradientReport
+from vlmtune.sft.callbacks import FreshAdam, GradientReport
 from vlmtune.sft.modules import (
     GradientNorms,
     TrainedModule,
@@ -381,3 +381,24 @@ def test_the_report_waits_for_an_image_and_speaks_once(tmp_path, capsys):
         "  llm     5.000e+00\n"
     )
     assert report._hook is None
+
+
+def test_the_report_gives_up_when_no_image_comes(tmp_path, capsys):
+    modules, optimizer = optimizer_of(vte=[0.0, 0.0], llm=[3.0, 4.0])
+    report = GradientReport(modules, has_images=True)
+    for _ in range(report.PATIENCE):
+        assert capsys.readouterr().err == ""
+        reported(report, optimizer, tmp_path)
+    told = "\nNo image in 100 steps: gradients by module were not looked at.\n"
+    assert capsys.readouterr().err == told
+    assert report._hook is None
+
+
+def test_adam_counts_from_zero_in_a_new_run_and_goes_on_in_a_resumed_one(tmp_path):
+    _, optimizer = optimizer_of(vte=[0.0, 0.0])
+    optimizer.step()
+    args, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
+    for step, count in ((7, 1), (0, 0)):
+        state = TrainerState(global_step=step)
+        FreshAdam().on_train_begin(args, state, control, optimizer=Wrapped(optimizer))
+        assert [float(values["step"]) for values in optimizer.state.values()] == [count]

@@ -93,6 +93,7 @@ def _logit_sum(folder: Path) -> float:
     return model(ids).logits.double().sum().item()
 
 
+@pytest.mark.long
 def test_two_processes_give_the_losses_of_one(one_process, launch, losses):
     done, folder = launch(2, name="two", max_steps=8, per_device_train_batch_size=8)
     assert done.returncode == 0, done.stderr
@@ -104,6 +105,18 @@ def test_standard_trainer_gives_the_losses_of_trl(one_process, launch, losses):
     done, folder = launch(1, "standard", name="standard", max_steps=8)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-5)
+
+
+def test_standard_trainer_moves_each_module_at_its_own_rate(launch, tiny_ovis):
+    done, folder = launch(1, "standard", max_steps=1, train_modules="vte:1e-3|llm:1e-4", seed=3)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_ovis, folder))
+    moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    vte = moved.pop("vte.weight")
+    llm = max(value for name, value in moved.items() if name.startswith("llm."))
+    # Adam's first step moves the largest element by its rate.
+    assert (vte, llm) == (pytest.approx(1e-3, rel=0.01), pytest.approx(1e-4, rel=0.01))
+    assert not any(value for name, value in moved.items() if name.startswith("visual_tokenizer"))
 
 
 def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, losses, tmp_path):
@@ -155,6 +168,7 @@ def test_data_without_images_cannot_train_the_vision_tower(launch, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_process, launch, losses):
     done, folder = launch(
         2,
@@ -169,6 +183,7 @@ def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_proce
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
 
 
+@pytest.mark.long
 def test_videos_and_frames_train_in_one_process_and_two(launch, losses, tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
