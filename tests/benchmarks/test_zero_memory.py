@@ -241,6 +241,7 @@ def lived(tmp_path_factory) -> dict[str, SimpleNamespace]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("run", RUNS)
 def test_states_gradients_and_step_live_as_the_formulas_say(run, lived):
     found = lived[run]
@@ -260,6 +261,7 @@ def test_states_gradients_and_step_live_as_the_formulas_say(run, lived):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("run", RUNS)
 def test_checkpoints_take_the_space_of_the_formula(run, lived):
     counts = SCRIPT.count_parameters(STATES.tiny_config())
@@ -268,6 +270,7 @@ def test_checkpoints_take_the_space_of_the_formula(run, lived):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_only_zero_0_in_bf16_counts_an_adam_step_that_saw_no_gradient(lived):
     # The trainer sets it back; deepspeed 0.19.8, runtime/fp16/unfused_optimizer.py.
     assert {run: found.adam_steps for run, found in lived.items()} == {

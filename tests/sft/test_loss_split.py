@@ -193,7 +193,10 @@ def test_empty_micro_batches_between_others_do_not_stop_the_run(prepared):
     assert len(run.steps) == 1
 
 
-@pytest.mark.parametrize(("mode", "batch", "steps"), [("trl", 4, 1), ("standard", 2, 2)])
+@pytest.mark.parametrize(
+    ("mode", "batch", "steps"),
+    [("trl", 4, 1), pytest.param("standard", 2, 2, marks=pytest.mark.long)],
+)
 def test_two_ranks_give_the_gradient_of_one(prepared, launch, tiny_ovis, eight, mode, batch, steps):
     # Plain gradient descent at this rate: the weights move by 1024 times the gradient, so that
     # their own rounding is lost in it.

@@ -135,6 +135,7 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, loss
     assert losses(split) == pytest.approx(losses(alone), abs=1e-5)
 
 
+@pytest.mark.long
 def test_steps_without_images_and_the_short_last_one_count_alike_in_one_process_and_two(
     launch, losses, tmp_path
 ):
@@ -278,6 +279,7 @@ def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, lo
     assert run["versions"]["transformers"]
 
 
+@pytest.mark.long
 def test_two_processes_evaluate_and_keep_the_best_model(launch):
     done, folder = launch(
         2,

@@ -134,7 +134,7 @@ def test_one_consolidated_model_reloads_with_the_weights_of_ddp(ran, engine, tin
         assert (reloaded[name] - tensor).abs().max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("engine", [*long("zero0", "zero1"), "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [*long("zero0", "zero1", "zero2"), "zero3"])
 def test_resumed_run_ends_with_the_same_bits(ran, engine):
     whole = ran(engine)
     resumed = ran(engine, resume_from_checkpoint=whole.folder / "checkpoint-2")
