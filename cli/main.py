@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from signal import SIGUSR1
 
 from .. import __version__
@@ -16,6 +17,8 @@ from .stages import open_stage, run_stages
 USAGE = """\
 usage: vlmtune train [CONFIG] [--key value ...] [--debug]
        vlmtune train RECIPE --stage NAME|all [--key value ...] [--debug]
+       vlmtune merge --adapter ADAPTER[:WEIGHT] --output FOLDER [--base MODEL] [--verify]
+       vlmtune verify --base MODEL --adapter ADAPTER --merged FOLDER [--data FILE]
        vlmtune models build-ovis2_5 --llm MODEL --vit MODEL --output FOLDER
 
 Fine-tune a vision-language model on LLaVA-style JSON.
@@ -33,30 +36,32 @@ A run needs at least model_path, data_path and output_dir:
 
 On several GPUs: scripts/train_launch.sh CONFIG N trl, scripts/stage_configs.sh RECIPE all N
 Exit code: 0; 1 after an error; 75 when a signal stopped the run and it can be resumed
-All keys: docs/config.md, stages: docs/stages.md, SLURM: docs/slurm.md
+All keys: docs/config.md, LoRA: docs/lora.md, stages: docs/stages.md, SLURM: docs/slurm.md
 """
+
+# Command -> the module here whose main takes what follows it, and how many words it has.
+COMMANDS = {"merge": ("merge", 1), "verify": ("verify", 1), "models build-ovis2_5": ("build", 2)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    building = words[:2] == ["models", "build-ovis2_5"]
-    if not building and (not words or {"-h", "--help"} & set(words)):
+    command = COMMANDS.get(" ".join(words[:2])) or COMMANDS.get(" ".join(words[:1]))
+    if not command and (not words or {"-h", "--help"} & set(words)):
         print(USAGE)
         return 0
     if words[0] == "--version":
         print(f"vlmtune {__version__}")
         return 0
-    if not building and words[0] != "train":
-        command = " ".join(words[:2]) if words[0] == "models" else words[0]
-        print(f'vlmtune: unknown command "{command}"\n\n{USAGE}', file=sys.stderr)
+    if not command and words[0] != "train":
+        unknown = " ".join(words[:2]) if words[0] == "models" else words[0]
+        print(f'vlmtune: unknown command "{unknown}"\n\n{USAGE}', file=sys.stderr)
         return 1
     try:
-        if building:
-            from .build import main as build
-
-            build(words[2:])
+        if command:
+            module, taken = command
+            import_module(f".{module}", __package__).main(words[taken:])
             return 0
         return train(words[1:], debug)
     except VLMTuneError as error:

@@ -3,6 +3,7 @@
 import ast
 import json
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 from ..core.errors import ConfigError
@@ -108,3 +109,13 @@ def _fits(value: Any, kinds: set[str]) -> bool:
     if isinstance(value, list) and _is_list_of_strings(kinds):
         return all(isinstance(item, str) and item for item in value)
     return name in kinds and value == value  # NaN differs from itself
+
+
+def check_choices(config: Any) -> None:
+    """Raises ConfigError for a dataclass field outside the choices its metadata names."""
+    for f in fields(config):
+        choices = f.metadata.get("choices")
+        value = getattr(config, f.name)
+        if choices and value not in choices:
+            listed = " or ".join("null" if choice is None else choice for choice in choices)
+            raise ConfigError(f.name, f'"{value}" is not a choice of {f.name}', f"give {listed}")

@@ -20,6 +20,17 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "push_to_hub_model_id": ("hub_model_id",),
     "push_to_hub_token": ("hub_token",),
     "torchdynamo": ("torch_compile_backend",),
+    "use_peft": ("use_lora",),
+    "lora_enable": ("use_lora",),
+    "lora_rank": ("lora_r",),
+    "lora_target": ("lora_target_modules",),
+    "target_modules": ("lora_target_modules",),
+    "lora_modules_to_save": ("modules_to_save",),
+    "additional_target": ("modules_to_save",),
+    "adapter_name_or_path": ("adapter_path",),
+    "double_quant": ("bnb_4bit_use_double_quant",),
+    "quant_type": ("bnb_4bit_quant_type",),
+    "use_bnb_nested_quant": ("bnb_4bit_use_double_quant",),
 }
 
 # Renamed key -> what changed with its name.
@@ -72,6 +83,7 @@ NO_EFFECT: dict[str, str] = {
     "overall_ratio": _UNUSED,
     "mix_data_name": _UNUSED,
     "mix_ratio": _UNUSED,
+    "lora_task_type": "adapters are saved for the model's own class",
     "accepts_loss_kwargs": "the loss is always averaged over the label tokens of a whole step",
     "assistant_only_loss": _MASKS,
     "completion_only_loss": _MASKS,

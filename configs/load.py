@@ -9,12 +9,15 @@ from typing import Any
 
 from ..core.checkpoints import latest_checkpoint
 from ..core.errors import ConfigError
+from .adapter import AdapterConfig
 from .coercion import coerce
 from .host_fields import host_fields
 from .legacy import CHECKPOINT, FIXED, NO_EFFECT, RENAMED, RENAMED_HOW, SWITCHES
 from .schema import DataConfig, LoopConfig, ModelConfig, RunConfig, annotations_of
 
 COMMAND_LINE = "command line"
+
+ADAPTERS_OWN = ("apply_lora_to_vision", "init_lora_weights", "rank_pattern", "alpha_pattern")
 
 _EXAMPLES = {
     "model_path": '"model_path": "AIDC-AI/Ovis2.5-2B"',
@@ -56,10 +59,12 @@ def combine(layers: dict[str, dict[str, Any]], notes: list[str], where: str) -> 
         model = ModelConfig(**_take(values, annotations_of(ModelConfig)))
         data = DataConfig(**_take(values, annotations_of(DataConfig)))
         loop = LoopConfig(**_take(values, annotations_of(LoopConfig)))
+        adapter = AdapterConfig(**_take(values, annotations_of(AdapterConfig)))
     except ConfigError as error:
         source = sources.get(error.where, "default")
         raise ConfigError(f"{source}, {error.where}", error.what, error.fix) from None
-    return RunConfig(model, data, loop, values, sources, list(dict.fromkeys(notes)))
+    _decide_lora(adapter, model, sources, notes)
+    return RunConfig(model, data, loop, adapter, values, sources, list(dict.fromkeys(notes)))
 
 
 def _check_required(values: dict[str, Any], where: str) -> None:
@@ -102,6 +107,27 @@ def _check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
             "a stream has no known end, and max_steps is not given",
             'add "max_steps": the number of optimizer steps',
         )
+
+
+def _decide_lora(
+    adapter: AdapterConfig, model: ModelConfig, sources: dict[str, str], notes: list[str]
+) -> None:
+    """Set `use_lora` where it is left open, and tell what has no effect with or without it."""
+    default = AdapterConfig(use_lora=adapter.use_lora)
+    told = [
+        key
+        for key in annotations_of(AdapterConfig)
+        if key in sources and getattr(adapter, key) != getattr(default, key)
+    ]
+    if adapter.use_lora is None:
+        adapter.use_lora = bool(told) or "lora_r" in sources
+    if adapter.adapter_path:
+        own = [key for key in told if key.startswith(("lora_", "use_")) or key in ADAPTERS_OWN]
+        notes += [f"{key} has no effect: the adapter of adapter_path has its own" for key in own]
+    if not adapter.use_lora:
+        notes += [f"{key} has no effect: use_lora is false" for key in told]
+    elif "train_modules" in sources and model.train_modules == "all":
+        notes.append("train_modules all has no effect: with LoRA it names fully trained parts")
 
 
 def _drop_parts_of_a_new_model(
@@ -225,7 +251,7 @@ def _reject_duplicates(keys: Iterable[Any], where: str) -> None:
 def _annotations() -> dict[str, str]:
     """Every key under its present name -> annotation text."""
     known = dict(host_fields())
-    for own in (ModelConfig, DataConfig, LoopConfig):
+    for own in (ModelConfig, DataConfig, LoopConfig, AdapterConfig):
         known |= annotations_of(own)
     known["min_lr_rate"] = "float | None"
     return {key: known[key] for key in known if key not in RENAMED and key not in NO_EFFECT}

@@ -8,6 +8,8 @@ from os.path import expanduser
 from typing import Any
 
 from ..core.errors import ConfigError
+from .adapter import AdapterConfig
+from .coercion import check_choices
 from .train_modules import parse_train_modules
 
 _PIXELS_448 = 448 * 448
@@ -52,7 +54,8 @@ class ModelConfig:
         default="all",
         metadata={
             "help": "What is trained, each part with its own learning rate or the common one: "
-            '"vte:1e-4|llm"; all else is frozen, and the most specific name counts.'
+            '"vte:1e-4|llm"; all else is frozen, and the most specific name counts. With LoRA: '
+            "what is trained fully beside the adapters; all is then nothing."
         },
     )
     freeze_llm: bool = field(
@@ -67,7 +70,7 @@ class ModelConfig:
         self.llm_name_or_path = self.llm_name_or_path and expanduser(self.llm_name_or_path)
         self.vit_name_or_path = self.vit_name_or_path and expanduser(self.vit_name_or_path)
         self.torch_dtype = self.torch_dtype.removeprefix("torch.")
-        _check_choices(self)
+        check_choices(self)
         parse_train_modules(self.train_modules)
 
 
@@ -117,7 +120,7 @@ class LoopConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         if self.base_learning_rate is not None and self.base_learning_rate <= 0:
             raise ConfigError(
                 "base_learning_rate", f"{self.base_learning_rate} is not above 0", "give 1e-5"
@@ -254,7 +257,7 @@ class DataConfig:
             self.eval_data_path = [expanduser(path) for path in self.eval_data_path]
         self.image_folder = self.image_folder and expanduser(self.image_folder)
         self.datainfo = self.datainfo and expanduser(self.datainfo)
-        _check_choices(self)
+        check_choices(self)
         for key in (
             "multimodal_max_length",
             "text_max_length",
@@ -302,6 +305,7 @@ class RunConfig:
         model: Our model keys, defaults filled in.
         data: Our data keys, defaults filled in.
         loop: Our keys of the training loop, defaults filled in.
+        adapter: Our keys of LoRA and QLoRA, defaults filled in; `use_lora` is decided.
         training: `SFTConfig`/`TrainingArguments` keys the user gave, coerced; no defaults.
         sources: Where each given key came from: "file PATH" or "command line".
         notes: One line for each key that was renamed or has no effect.
@@ -310,17 +314,19 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     loop: LoopConfig
+    adapter: AdapterConfig
     training: dict[str, Any]
     sources: dict[str, str]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """The flat config to save beside checkpoints; loading it again gives the same run."""
-        return {**asdict(self.model), **asdict(self.data), **asdict(self.loop), **self.training}
+        parts = (self.model, self.data, self.loop, self.adapter)
+        return {key: value for part in parts for key, value in asdict(part).items()} | self.training
 
 
 def annotations_of(
-    config: type[ModelConfig] | type[DataConfig] | type[LoopConfig],
+    config: type[ModelConfig] | type[DataConfig] | type[LoopConfig] | type[AdapterConfig],
 ) -> dict[str, str]:
     """Key -> annotation text, as `host_fields` gives it for the host's keys."""
     return {f.name: str(f.type) for f in fields(config)}
@@ -353,14 +359,4 @@ def _check_mix(mix: dict[str, Any]) -> None:
                 "mix",
                 f'{passes!r} is not how often "{name}" is passed in an epoch',
                 "give a number, 0 or more",
-            )
-
-
-def _check_choices(config: ModelConfig | DataConfig | LoopConfig) -> None:
-    for f in fields(config):
-        choices = f.metadata.get("choices")
-        value = getattr(config, f.name)
-        if choices and value not in choices:
-            raise ConfigError(
-                f.name, f'"{value}" is not a choice of {f.name}', f"give {' or '.join(choices)}"
             )

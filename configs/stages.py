@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoints import RUN_FILE, STATE_FILE, latest_checkpoint
+from ..core.checkpoints import ADAPTER_CONFIG, RUN_FILE, STATE_FILE, latest_checkpoint
 from ..core.errors import ConfigError
 from .load import COMMAND_LINE, combine, read_layers, resolve_layers
 from .schema import RunConfig
@@ -107,7 +107,15 @@ def stage_config(recipe: Recipe, stage: str) -> RunConfig:
         for layer, key in product((common, overrides), _START_KEYS):
             layer.pop(key, None)
         if not any(of_stage.get(key) for key in _START_KEYS):
-            of_stage["model_path"] = stage_config(recipe, previous).training["output_dir"]
+            before = stage_config(recipe, previous)
+            if before.adapter.use_lora:
+                raise ConfigError(
+                    own,
+                    f"starts from {previous}, which leaves an adapter and no model",
+                    'give the stage a "model_path", and to train on its adapter an "adapter_path": '
+                    f'"{before.training["output_dir"]}"',
+                )
+            of_stage["model_path"] = before.training["output_dir"]
             notes.append(f"{stage} starts from {of_stage['model_path']}")
     return combine(layers, notes, where=own)
 
@@ -148,7 +156,7 @@ def is_finished(folder: Path) -> bool:
     """Whether a run has saved its model there: the save moves these two files in at its end."""
     # Listed, because exists() may answer from what a node remembers of a network file system.
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    return {"config.json", RUN_FILE} <= names
+    return RUN_FILE in names and not names.isdisjoint(("config.json", ADAPTER_CONFIG))
 
 
 def is_stale(recipe: Recipe, stage: str) -> bool:
@@ -195,7 +203,8 @@ def _start_folder(recipe: Recipe, stage: str, config: RunConfig) -> Path | None:
     """The folder of the stage before, where this one starts from it."""
     previous = recipe.previous(stage)
     folder = _folder_of(stage_config(recipe, previous)) if previous else None
-    return folder if folder == Path(config.model.model_path) else None
+    starts = [config.model.model_path, config.adapter.adapter_path]
+    return folder if folder in [Path(start) for start in starts if start] else None
 
 
 def _check_newer(file: Path, stage: str, start: Path | None) -> None:

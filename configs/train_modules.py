@@ -16,8 +16,11 @@ class TrainModule:
     learning_rate: float | None = None
 
 
-def parse_train_modules(text: str) -> list[TrainModule]:
+def parse_train_modules(text: str, key: str = "train_modules") -> list[TrainModule]:
     """Read `name[:lr]("|" name[:lr])*`; spaces are ignored.
+
+    Args:
+        key: Whose text it is, for errors.
 
     Raises:
         ConfigError: an entry is empty, not written like a module path, given twice, or has a rate
@@ -29,30 +32,31 @@ def parse_train_modules(text: str) -> list[TrainModule]:
     for part in text.replace(" ", "").split("|"):
         name, colon, rate = part.partition(":")
         if not name:
-            raise _bad(f'"{text}" has an entry without a name', 'write names joined by "|"')
+            raise _bad(key, f'"{text}" has an entry without a name', 'write names joined by "|"')
         if not _NAME.fullmatch(name):
             raise _bad(
+                key,
                 f'"{name}" is not written like a module',
                 "write a dotted path, a range of indices as 20-27",
             )
         for low, high in re.findall(r"(\d+)-(\d+)", name):
             if int(low) > int(high):
-                raise _bad(f'"{name}" counts down', f"write {high}-{low}")
+                raise _bad(key, f'"{name}" counts down', f"write {high}-{low}")
         if name in (entry.name for entry in entries):
-            raise _bad(f'"{name}" is given twice', "keep one of them")
-        entries.append(TrainModule(name, _rate(rate, name) if colon else None))
+            raise _bad(key, f'"{name}" is given twice', "keep one of them")
+        entries.append(TrainModule(name, _rate(rate, name, key) if colon else None))
     return entries
 
 
-def _rate(text: str, name: str) -> float:
+def _rate(text: str, name: str, key: str) -> float:
     try:
         rate = float(text)
     except ValueError:
         rate = -1.0
     if not 0 < rate < float("inf"):
-        raise _bad(f'"{text}" is no learning rate for {name}', f"write {name}:1e-4")
+        raise _bad(key, f'"{text}" is no learning rate for {name}', f"write {name}:1e-4")
     return rate
 
 
-def _bad(what: str, fix: str) -> ConfigError:
-    return ConfigError("train_modules", what, fix)
+def _bad(key: str, what: str, fix: str) -> ConfigError:
+    return ConfigError(key, what, fix)

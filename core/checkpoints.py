@@ -6,6 +6,12 @@ from pathlib import Path
 RUN_FILE = "vlmtune_run.json"
 """Resolved config and versions; with config.json beside it a run has saved its model."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+MERGE_FILE = "vlmtune_merge.json"
+"""What a merged model was made of."""
+
 STATE_FILE = "trainer_state.json"
 """What is written last into a checkpoint."""
 

@@ -1,4 +1,4 @@
-"""Ask a quickstart model about the held-out images and print its score.
+"""Ask a quickstart model, or an adapter on its base, about the held-out images; print the score.
 
     python scripts/score_quickstart.py --model outputs/quickstart/model --data sample_data/eval.json
 
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--pixels", type=int, default=64 * 64)
     arguments = parser.parse_args()
 
+    # A folder with an adapter loads as its base with the adapter on it.
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)
     rows = []

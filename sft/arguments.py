@@ -30,6 +30,12 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     cpu = given.get("use_cpu", not torch.cuda.is_available())
     if cpu and given.pop("tf32", False):
         note("tf32 has no effect on CPU")
+    if cpu and (given.get("fp16") or config.model.torch_dtype == "float16"):
+        raise ConfigError(
+            "fp16" if given.get("fp16") else "torch_dtype",
+            "float16 is not computed on a CPU",
+            "use bf16, or leave it out",
+        )
     if given.get("eval_strategy", "no") != "no" and not config.data.eval_data_path:
         raise ConfigError(
             "eval_strategy",
@@ -53,7 +59,9 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     if "eval_steps" in given and "eval_strategy" not in given and config.data.eval_data_path:
         given["eval_strategy"] = "steps"
     _keep_the_best(config, given)
-    _check_deepspeed(given)
+    adapter = config.adapter
+    quantized = bool(adapter.use_lora) and (adapter.load_in_4bit or adapter.load_in_8bit)
+    _check_deepspeed(given, quantized)
     _check_unsupported(given)
     dtype = config.model.torch_dtype
     half = dtype if dtype in ("bfloat16", "float16") else None
@@ -159,9 +167,9 @@ def _keep_the_best(config: RunConfig, given: dict[str, Any]) -> None:
         given.setdefault("greater_is_better", metric.endswith("accuracy"))
 
 
-def _check_deepspeed(given: dict[str, Any]) -> None:
-    """Raises ConfigError for a DeepSpeed file that cannot be read, builds the optimizer itself, or
-    saves no weights."""
+def _check_deepspeed(given: dict[str, Any], quantized: bool) -> None:
+    """Raises ConfigError for a DeepSpeed file that cannot be read, builds the optimizer itself,
+    saves no weights, or would split quantised ones."""
     settings = given.get("deepspeed")
     if isinstance(settings, str):
         try:
@@ -185,6 +193,12 @@ def _check_deepspeed(given: dict[str, Any]) -> None:
                 f"remove the block; {keys} set the same",
             )
     zero = settings.get("zero_optimization", {})
+    if zero.get("stage") == 3 and quantized:
+        raise ConfigError(
+            "deepspeed, zero_optimization.stage",
+            "is 3, and ZeRO-3 cannot split weights of 4 or 8 bits",
+            "use configs/zero/zero2.json, or leave load_in_4bit and load_in_8bit out",
+        )
     gathers = "stage3_gather_16bit_weights_on_model_save"
     if zero.get("stage") == 3 and not zero.get(gathers):
         raise ConfigError(

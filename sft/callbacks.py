@@ -112,8 +112,10 @@ class GradientReport(TrainerCallback):
         say(f"\nGradients of step {state.global_step + 1}, averaged and clipped:")
         say(table([("module", "norm"), *rows]))
         if silent := [name for name, norm in norms.items() if norm == 0.0]:
+            kinds = {"lora": "lora_parts", "biases": "lora_bias"}
+            key = kinds.get(silent[0].partition(" ")[0], "train_modules")
             raise ConfigError(
-                f"train_modules, {', '.join(silent)}",
+                f"{key}, {', '.join(silent)}",
                 f"the gradient is exactly zero after step {state.global_step + 1}",
                 "remove it, or "
                 + (

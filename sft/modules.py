@@ -1,9 +1,7 @@
 """`train_modules` on a model: what is trained, at which rate, in which optimizer group."""
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import combinations
 from typing import Any
 
@@ -14,8 +12,7 @@ from torch.optim import Optimizer
 from ..configs.schema import ModelConfig
 from ..configs.train_modules import TrainModule, parse_train_modules
 from ..core.errors import ConfigError
-
-FREEZES = {"freeze_llm": "llm", "freeze_vision_tower": "visual_tokenizer.vit"}
+from ..models.parts import FREEZES, paths_under
 
 
 @dataclass(frozen=True)
@@ -153,40 +150,8 @@ def base_optimizer(optimizer: Any) -> Optimizer:
 
 
 def _under(path: str, model: nn.Module, named: dict[str, nn.Parameter]) -> set[nn.Parameter]:
-    aliases = {"all": "", **getattr(model, "module_aliases", {})}
-    parts = aliases.get(path, path).split(".") if aliases.get(path, path) else []
-    paths = [*(name for name, _ in model.named_modules() if name), *named]
-    for chosen in _range_ends(parts):
-        if not any(_fits(chosen, name) for name in paths):
-            near = get_close_matches(path, [*aliases, *paths], n=3)
-            known = [*aliases, *(name for name, _ in model.named_children())]
-            raise _bad(
-                f'the model has no module "{".".join(chosen)}"',
-                f"did you mean {', '.join(near)}" if near else f"known are {', '.join(known)}",
-            )
-    return {p for name, p in named.items() if _fits(parts, name)}
-
-
-def _range_ends(parts: list[str]) -> Iterator[list[str]]:
-    """The path with each end of its range; a path without a range as it is."""
-    for i, part in enumerate(parts):
-        if "-" in part:
-            for end in part.split("-"):
-                yield [*parts[:i], end, *parts[i + 1 :]]
-            return
-    yield parts
-
-
-def _fits(parts: Sequence[str], name: str) -> bool:
-    have = name.split(".")
-    return len(have) >= len(parts) and all(map(_fits_part, parts, have))
-
-
-def _fits_part(wanted: str, have: str) -> bool:
-    bounds = re.fullmatch(r"(\d+)-(\d+)", wanted)
-    if not bounds:
-        return wanted == have
-    return have.isdigit() and int(bounds[1]) <= int(have) <= int(bounds[2])
+    below = paths_under(path, model, "train_modules")
+    return {p for name, p in named.items() if name in below}
 
 
 def _frozen(

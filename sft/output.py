@@ -3,29 +3,36 @@
 import json
 import platform
 import shutil
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import upload_folder
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.sft_config import SFTConfig
 
 from .. import __version__
+from ..configs.adapter import AdapterConfig
 from ..configs.schema import RunConfig
-from ..core.checkpoints import RUN_FILE, latest_checkpoint
+from ..core.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, latest_checkpoint
 from ..core.distributed import world_size
 from ..core.errors import ConfigError
 from ..core.logging import note
+from ..models.parts import FREEZES
 from .arguments import global_batch
 from .curve import draw_losses
 from .failures import unwritable
-from .modules import FREEZES
 
 PARTIAL = ".partial-checkpoint"
 """Where a checkpoint is written before it is complete."""
 
+LAST = ("config.json", ADAPTER_CONFIG)
+"""What makes a folder a model or an adapter; moved there last."""
+
 LEDGER_FILE = "bad_samples.jsonl"
+ADAPTER_KEYS = [f.name for f in fields(AdapterConfig)]
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -53,10 +60,10 @@ def check_output_dir(folder: Path, overwrite: bool, resume: str | bool | None) -
         if (folder / PARTIAL).exists():
             note(f"a checkpoint that was not written to its end is left out; resuming {found.name}")
         return str(found)
-    if not overwrite and (folder / "config.json").exists():
+    if not overwrite and any((folder / name).exists() for name in LAST):
         raise ConfigError(
             f"output_dir {folder.resolve()}",
-            "already holds a finished model",
+            "already holds a finished model or adapter",
             "choose another output_dir, or pass --overwrite_output_dir",
         )
     if not overwrite and newest:
@@ -81,8 +88,8 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
     global batch, and optimizer states belong to modules and to an engine.
 
     Raises:
-        ConfigError: it was written with another batch, engine or `train_modules`, or without
-            optimizer states.
+        ConfigError: it was written with another batch, engine, `train_modules` or adapters, or
+            without optimizer states.
     """
     states = list(checkpoint.glob("global_step*" if args.deepspeed else "optimizer.pt"))
     if not states:
@@ -109,8 +116,9 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
             f"was written by {written['processes']} processes, this run has {world_size()}",
             "DeepSpeed needs the same number",
         )
-    for key in ("train_modules", *FREEZES):
-        before, now = written["config"][key], getattr(config.model, key)
+    resolved = config.to_dict()
+    for key in ("train_modules", *FREEZES, *ADAPTER_KEYS):
+        before, now = written["config"].get(key, resolved[key]), resolved[key]
         if before != now:
             raise _other(
                 checkpoint,
@@ -120,7 +128,7 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
 
 
 def _other(checkpoint: Path, what: str, fix: str) -> ConfigError:
-    anew = "or start a new run with the checkpoint as model_path"
+    anew = "or start a new run with the checkpoint as model_path, an adapter's as adapter_path"
     return ConfigError("resume_from_checkpoint", f"{checkpoint.name} {what}", f"{fix}, {anew}")
 
 
@@ -135,11 +143,17 @@ def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
     path.write_text(lines, "utf-8", errors="backslashreplace")
 
 
-def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -> None:
-    """Save model, processor, run settings, model card and loss curve into the output folder.
+def save_finished(
+    trainer: Trainer,
+    model: PreTrainedModel | PeftModel,
+    config: RunConfig,
+    facts: dict[str, Any],
+) -> None:
+    """Save the model or adapter, processor, run settings, card and loss curve into the output
+    folder.
 
-    Everything is written beside its place and moved there at the end, config.json last, so a
-    killed save leaves no folder that looks finished.
+    Everything is written beside its place and moved there at the end, config.json or
+    adapter_config.json last, so a killed save leaves no folder that looks finished.
 
     Raises:
         TrainingError: the disk is full, or the folder cannot be written.
@@ -149,17 +163,18 @@ def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    model.config.use_cache = True
+    model.config.use_cache = True  # type: ignore[union-attr]
     with unwritable(partial, "final model"):
         trainer.save_model(str(partial), _internal_call=True)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
-            describe_run(trainer, config, partial)
+            describe_run(trainer, config, facts, partial)
             draw_losses(trainer.state.log_history, partial / "loss.png")
     if trainer.is_world_process_zero():
-        for stale in ["config.json", *(f.name for f in folder.glob("model*.safetensors*"))]:
+        weights = [f.name for f in folder.glob("model*.safetensors*")]
+        for stale in [*LAST, ADAPTER_WEIGHTS, "generation_config.json", *weights]:
             (folder / stale).unlink(missing_ok=True)
-        for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):
+        for file in sorted(partial.iterdir(), key=lambda f: f.name in LAST):
             file.chmod(0o644)  # the host writes weights for their owner alone
             file.replace(folder / file.name)
         partial.rmdir()
@@ -171,12 +186,13 @@ def save_finished(trainer: Trainer, model: PreTrainedModel, config: RunConfig) -
                 ignore_patterns=["checkpoint-*", ".partial*", "base/*"],
             )
     trainer.accelerator.wait_for_everyone()
-    model.config.use_cache = False  # an evaluation that follows needs none
+    model.config.use_cache = False  # type: ignore[union-attr] # an evaluation that follows needs none
 
 
-def describe_run(trainer: Trainer, config: RunConfig, folder: Path) -> None:
+def describe_run(trainer: Trainer, config: RunConfig, facts: dict[str, Any], folder: Path) -> None:
     """Write the resolved config with the versions, and the model card, beside the weights."""
     run = {
+        **facts,
         "config": {k: v for k, v in config.to_dict().items() if k != "hub_token"},
         "training_arguments": trainer.args.to_dict(),
         "processes": world_size(),
@@ -201,14 +217,24 @@ def versions() -> dict[str, str]:
 
 def model_card(config: RunConfig, name: str) -> str:
     base = config.model.model_path
+    adapter = config.adapter.use_lora
+    library = "peft" if adapter else "transformers"
+    kind = "- lora\n" if adapter else ""
     header = f"base_model: {base}\n" if not Path(base).exists() else ""
     data = "\n".join(f"- `{path}`" for path in config.data.data_path)
     libraries = ", ".join(f"{k} {v}" for k, v in versions().items())
+    loading = (
+        "Load the model after `import vlmtune.models` with\n`AutoModelForImageTextToText`, then "
+        "the adapter with `PeftModel.from_pretrained`,\nor make one model of both with "
+        "`vlmtune merge`."
+        if adapter
+        else "Load it after `import vlmtune.models` with\n"
+        "`AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained`."
+    )
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n{header}"
-        f"tags:\n- vlmtune\n- sft\n---\n\n# {name}\n\n"
-        f"Fine-tuned from `{base}` with vlmtune on:\n\n{data}\n\n"
-        f"Every setting is in `{RUN_FILE}`. Load it after `import vlmtune.models` with\n"
-        f"`AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained`.\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: image-text-to-text\n{header}"
+        f"tags:\n- vlmtune\n- sft\n{kind}---\n\n# {name}\n\n"
+        f"{'An adapter of' if adapter else 'Fine-tuned from'} `{base}`, trained with vlmtune on:"
+        f"\n\n{data}\n\nEvery setting is in `{RUN_FILE}`. {loading}\n\n"
         f"Trained with {libraries}.\n"
     )

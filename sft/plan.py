@@ -3,13 +3,17 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.sft_config import SFTConfig
 
 from ..configs.schema import RunConfig
 from ..core.distributed import world_size
 from ..core.errors import ConfigError
+from .adapters import adapter_table
 from .arguments import global_batch
 from .data import RunData
 from .modules import TrainedModule, module_table
@@ -51,15 +55,18 @@ def schedule(samples: int, args: SFTConfig) -> Schedule:
 def banner(
     config: RunConfig,
     args: SFTConfig,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     modules: list[TrainedModule],
     data: RunData,
 ) -> str:
-    """The whole plan of a run in a dozen lines, and the table of what is trained."""
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    """The whole plan of a run in a dozen lines, and the tables of what is trained and of where
+    adapters sit."""
+    adapted = isinstance(model, PeftModel)
+    base: Any = model.get_base_model() if adapted else model
+    total = sum(map(_size, model.parameters()))
     trained = sum(module.size for module in modules)
     lines = {
-        "model": f"{config.model.model_path} ({type(model).__name__}, {model.dtype})",
+        "model": f"{config.model.model_path} ({type(base).__name__}, {_kept_in(base)})",
         "trained": f"{trained:,} of {total:,} parameters ({trained / total:.1%})",
         **_data_lines(data, args),
         "batch": f"{global_batch(args)} = {args.per_device_train_batch_size} per device x "
@@ -69,7 +76,26 @@ def banner(
         "output": str(Path(args.output_dir or ".").resolve()),
     }
     plan = "\n".join(f"  {key:8} {value}" for key, value in lines.items())
-    return f"{plan}\n{module_table(modules)}"
+    tables = [module_table(modules)]
+    if adapted:
+        tables.append(adapter_table(model))
+    return "\n".join([plan, *tables])
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter, also where this process holds a part or a packed form of it."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return math.prod(state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _kept_in(model: PreTrainedModel) -> str:
+    settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is None:
+        return str(model.dtype)
+    bits = f"4-bit {settings.bnb_4bit_quant_type}" if settings.load_in_4bit else "8-bit"
+    return f"{bits}, the rest {model.dtype}"
 
 
 def _data_lines(data: RunData, args: SFTConfig) -> dict[str, str]:

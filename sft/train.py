@@ -5,16 +5,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, Trainer, TrainerState
+from transformers import AutoConfig, AutoProcessor, Trainer, TrainerState, set_seed
 from transformers.utils.import_utils import is_flash_attn_2_available
+from trl.trainer.sft_config import SFTConfig
 
 from ..configs.schema import RunConfig
-from ..core.checkpoints import RESUMABLE
+from ..core.checkpoints import ADAPTER_CONFIG, RESUMABLE
 from ..core.distributed import main_process_first, of_first_process, rank
 from ..core.errors import ConfigError, ModelError
 from ..core.logging import note, say
+from ..lora.checkpoint import Checkpoint
+from ..lora.quantization import keep_unpacked
 from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
 from ..models.ovis2_5.build import ensure_base
+from .adapters import AdapterPlan, apply_adapters, plan_adapters
 from .arguments import host_refusal, training_arguments
 from .callbacks import FreshAdam, JsonLinesLog, StopOnSignal
 from .data import RunData, load_data
@@ -49,13 +53,23 @@ def run(config: RunConfig) -> None:
             check_resumable(Path(checkpoint), config, args)
         config.model.model_path = main_process_first(lambda: base_model(config, folder))
         processor = load_processor(config.model.model_path)
+        base, plan, facts = None, None, {}
+        if config.adapter.use_lora:
+            base = Checkpoint.open(config.model.model_path)
+            plan = plan_adapters(base, config, frozen_dtype(args))
+            facts = plan.facts(base)
         data = main_process_first(lambda: load_data(config, args, processor))
-        model = load_model(config)
+        packing = quantized(config, args, base, plan) if base and plan else {}
+        model = load_model(config, frozen_dtype(args) if plan else "float32", **packing)
         check_positions(model, data)
-        modules = apply_train_modules(model, config.model, args.learning_rate)
+        if plan:
+            set_seed(args.seed)  # new adapters start at random, the same on every rank
+            model, modules = apply_adapters(model, config, plan, args.learning_rate)
+        else:
+            modules = apply_train_modules(model, config.model, args.learning_rate)
         try:
             callbacks = [JsonLinesLog(), FreshAdam(), stop]
-            trainer = make_trainer(config, model, args, data, modules, callbacks)
+            trainer = make_trainer(config, model, args, data, modules, callbacks, facts)
         except (ValueError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
         say(banner(config, args, model, modules, data))
@@ -70,8 +84,8 @@ def run(config: RunConfig) -> None:
                 say("Go on with: --resume_from_checkpoint auto")
                 _leave_the_group()
                 raise SystemExit(RESUMABLE)
-            save_finished(trainer, model, config)
-            say(f"Saved the model to {folder.resolve()}")
+            save_finished(trainer, model, config, facts)
+            say(f"Saved the {'adapter' if plan else 'model'} to {folder.resolve()}")
         if data.evaluation and config.training.get("do_eval", True):
             for name, loss in final_losses(trainer).items():
                 say(f"Evaluation: {name} {loss:.4f}")
@@ -84,6 +98,7 @@ def run(config: RunConfig) -> None:
 def _leave_the_group() -> None:
     """Without this some DeepSpeed runs abort at interpreter exit."""
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # gloo (torch 2.13) can hang when a rank leaves during a gather
         torch.distributed.destroy_process_group()
 
 
@@ -143,6 +158,13 @@ def steps_done(checkpoint: str) -> int:
 def load_processor(path: str) -> Ovis2_5Processor:
     """Raises ModelError when the checkpoint cannot be read or is of another family."""
     where = f"model_path {path}"
+    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
+        raise ModelError(
+            where,
+            "is an adapter",
+            "give its base as model_path and the adapter as adapter_path to train on, or merge "
+            "it first: vlmtune merge",
+        )
     fix = "give a folder with config.json, weights and tokenizer, or a Hub name"
     names_a_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
     if not Path(path).exists() and (names_a_folder or Path(path).parent.is_dir()):
@@ -163,8 +185,24 @@ def load_processor(path: str) -> Ovis2_5Processor:
     )
 
 
-def load_model(config: RunConfig) -> Ovis2_5:
-    """The model in float32.
+def frozen_dtype(args: SFTConfig) -> str:
+    """What weights that are not trained are kept in: what the run computes in."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def quantized(
+    config: RunConfig, args: SFTConfig, base: Checkpoint, plan: AdapterPlan
+) -> dict[str, Any]:
+    """What makes `from_pretrained` quantise as planned."""
+    if not plan.quantization:
+        return {}
+    compute = config.adapter.bnb_4bit_compute_dtype or frozen_dtype(args)
+    settings = plan.quantization.host_config(base.model, compute)
+    return {"quantization_config": settings, "device_map": {"": args.device}}
+
+
+def load_model(config: RunConfig, dtype: str, **packing: Any) -> Ovis2_5:
+    """The model in `dtype`; `packing` is passed on to `from_pretrained`.
 
     Raises:
         ModelError: weights are missing, broken or of another shape.
@@ -176,9 +214,10 @@ def load_model(config: RunConfig) -> Ovis2_5:
     try:
         loaded: Any = Ovis2_5.from_pretrained(
             settings.model_path,
-            dtype="float32",
+            dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            **packing,
         )
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
@@ -189,4 +228,5 @@ def load_model(config: RunConfig) -> Ovis2_5:
             f"the weights cannot be loaded: {' '.join(str(error).split())}",
             "give a folder with complete .safetensors files that fit its config.json",
         ) from error
+    keep_unpacked(model)
     return model

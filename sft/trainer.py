@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -35,9 +36,15 @@ class VLMTrainerMixin(Trainer):
     order, a loss over all evaluation tokens, checkpoints written aside, and lines people read."""
 
     def __init__(
-        self, *, config: RunConfig, data: RunData, modules: list[TrainedModule], **kwargs: Any
+        self,
+        *,
+        config: RunConfig,
+        data: RunData,
+        modules: list[TrainedModule],
+        facts: dict[str, Any],
+        **kwargs: Any,
     ):
-        self.config, self.data, self.modules = config, data, modules
+        self.config, self.data, self.modules, self.facts = config, data, modules, facts
         self.speed = Speed()
         has_images = data.train is None or data.train.has_images
         self.gradients = GradientReport(modules, has_images)
@@ -53,8 +60,8 @@ class VLMTrainerMixin(Trainer):
         if isinstance(self.optimizer, Optimizer):
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        assert isinstance(self.model, PreTrainedModel)
-        decayed = set(self.get_decay_parameter_names(self.model))
+        whole: Any = self.model  # a PeftModel as well, whose parameters have longer names
+        decayed = set(self.get_decay_parameter_names(whole))
         groups = parameter_groups(self.modules, decayed, self.args.weight_decay)
         wanted = {p for group in groups for p in group["params"]}
         # The host fills the optimizer as its kind demands; only the grouping is ours.
@@ -302,7 +309,7 @@ class VLMTrainerMixin(Trainer):
                     self.state.best_model_checkpoint = str(kept)
                 if self.args.should_save:
                     self.state.save_to_json(str(aside / name / "trainer_state.json"))
-                    describe_run(self, self.config, aside / name)
+                    describe_run(self, self.config, self.facts, aside / name)
         finally:
             self._checkpoint_root = None
         self.accelerator.wait_for_everyone()
@@ -328,6 +335,14 @@ class VLMSFTTrainer(VLMTrainerMixin, SFTTrainer):
     `sft.arguments.training_arguments` sets them: the rows are tokenized by the collator.
     """
 
+    def __init__(self, *, model: nn.Module, **kwargs: Any):
+        # TRL (1.16) rounds what is trained on quantised weights to bfloat16.
+        kept = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(model=model, **kwargs)
+        for parameter, data in kept.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data
+
 
 class VLMTrainer(VLMTrainerMixin):
     """transformers' own trainer on the same batches; the loss is the model's."""
@@ -335,19 +350,21 @@ class VLMTrainer(VLMTrainerMixin):
 
 def make_trainer(
     config: RunConfig,
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     args: SFTConfig,
     data: RunData,
     modules: list[TrainedModule],
     callbacks: list[TrainerCallback],
+    facts: dict[str, Any],
 ) -> VLMTrainerMixin:
-    """The trainer that the config's `trainer` names."""
+    """The trainer that the config's `trainer` names; `facts` go into every run file."""
     evaluation = {name: prepared.dataset for name, prepared in data.evaluation.items()}
     trainer_class = VLMSFTTrainer if config.loop.trainer == "trl" else VLMTrainer
     return trainer_class(
         config=config,
         data=data,
         modules=modules,
+        facts=facts,
         model=model,
         args=args,
         data_collator=PaddedCollator(data.encoder),

@@ -135,6 +135,18 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
             setattr(self.get_submodule(owner), leaf, frequencies.to(device, torch.float32))
         return self
 
+    def enable_input_require_grads(self) -> None:
+        """Let gradients begin behind frozen embeddings, of text and of patches: reentrant
+        checkpointing follows inputs that require them."""
+        super().enable_input_require_grads()
+        tower = self.visual_tokenizer.vit.vision_model
+
+        def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if any(p.requires_grad for p in tower.encoder.parameters()):
+                output.requires_grad_(True)
+
+        self._require_grads_hooks.append(tower.embeddings.register_forward_hook(require_grad))
+
     def embed_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Embeddings `[n, hidden_size]` of the visual tokens of all images, in order."""
         return self.vte(self.visual_tokenizer(pixel_values, grids))

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input is one clear error before any step, exit code 1."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -121,6 +122,66 @@ def test_bad_file(content, what, train):
 def test_unknown_key_shows_the_nearest_name(train):
     code, error = train([record()], learnin_rate="1")
     assert (code, '"learning_rate"' in error.split("Fix: did you mean")[1]) == (1, True)
+
+
+ZERO_3 = Path(__file__).parents[2] / "configs/zero/zero3.json"
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "what", "fix"),
+    [
+        ({"lora_target_modules": "q_prj"}, "lora_target_modules", '"q_prj"', "write q_proj"),
+        ({"lora_parts": "lm"}, "lora_parts", 'no module "lm"', "did you mean llm"),
+        ({"lora_target_modules": "vte"}, "lora_target_modules", "vte", '"train_modules": "vte"'),
+        ({"lora_target_modules": "lm_head"}, "lora_target_modules", "TRL", '"standard"'),
+        ({"lora_r": "0"}, "lora_r", "0 is below 1", "give 1 or more"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights", '"pissa"', "gaussian"),
+        ({"load_in_4bit": "true", "load_in_8bit": "1"}, "load_in_8bit", "4bit", "keep one"),
+        (
+            {"load_in_4bit": "true", "deepspeed": ZERO_3},
+            "deepspeed, zero_optimization.stage",
+            "ZeRO-3 cannot split weights of 4 or 8 bits",
+            "zero2.json",
+        ),
+        (
+            {"load_in_8bit": "true", "deepspeed": ZERO_3},
+            "deepspeed, zero_optimization.stage",
+            "ZeRO-3 cannot split weights of 4 or 8 bits",
+            "zero2.json",
+        ),
+        ({"lora_r": "4", "train_modules": "vtx"}, "train_modules", '"vtx"', "did you mean vte"),
+        ({"modules_to_save": "nothing"}, "modules_to_save", '"nothing"', "write a module path"),
+        ({"adapter_path": "/nowhere/a"}, "adapter /nowhere/a", "", ""),
+        ({"use_dora": "true", "lora_bias": "true"}, "lora_bias", "", ""),
+    ],
+)
+def test_adapters_that_cannot_be_trained(keys, where, what, fix, train):
+    code, error = train([record()], **keys)
+    assert code == 1
+    assert re.search(rf"(Config|Model)Error: (command line, )?{re.escape(where)}:\n", error), error
+    assert what in error
+    assert fix in error.split("Fix:")[1]
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"peft_type": "IA3"}', '{"peft_type": "LORA"}'])
+def test_a_broken_adapter_to_continue(text, train, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(text, "utf-8")
+    code, error = train([record()], adapter_path=tmp_path / "adapter")
+    assert code == 1
+    assert "ModelError: " in error and str(tmp_path / "adapter") in error and "Fix: " in error
+    assert "Traceback" not in error
+
+
+def test_output_folder_with_a_finished_adapter_is_not_replaced_unasked(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    for keys in ({}, {"lora_r": "4"}):
+        code, error = train([record()], **keys)
+        assert code == 1
+        assert "already holds a finished model or adapter" in error
+        assert "--overwrite_output_dir" in error
 
 
 def test_output_folder_with_a_finished_model_is_not_replaced_unasked(train, tmp_path):

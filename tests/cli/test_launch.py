@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.cli.launch import parse_launch
+from vlmtune.cli.launch import main, parse_launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -167,15 +167,18 @@ def test_ctrl_c_ends_launcher_and_workers(workers):
 
 
 @pytest.mark.slow
-def test_without_config_file_count_and_gpu_one_process_trains(checkpoint, tmp_path):
+def test_without_config_file_count_and_gpu_one_process_trains(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
     (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
     words = ["--model_path", checkpoint(), "--data_path", tmp_path / "train.json", "--max_steps=1"]
     words += ["--output_dir", tmp_path / "out", "--report_to", "none", "--use_cpu"]
-    done = launch("trl", *map(str, words), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    assert "8 per device x 1 accumulation x 1 processes" in done.stderr
-    assert "trainer  trl" in done.stderr
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["trl", *map(str, words)]) == 0
+    told = capsys.readouterr().err
+    assert "8 per device x 1 accumulation x 1 processes" in told
+    assert "trainer  trl" in told
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from vlmtune.configs.adapter import AdapterConfig
 from vlmtune.configs.schema import DataConfig, LoopConfig, ModelConfig
 
 PAGE = (Path(__file__).parents[2] / "docs/config.md").read_text("utf-8").replace(r"\|", "|")
-KEYS = [field for config in (ModelConfig, DataConfig, LoopConfig) for field in fields(config)]
+CONFIGS = (ModelConfig, DataConfig, LoopConfig, AdapterConfig)
+KEYS = [field for config in CONFIGS for field in fields(config)]
 
 
 @pytest.mark.parametrize("field", KEYS, ids=lambda f: f.name)

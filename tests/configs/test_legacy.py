@@ -89,6 +89,25 @@ def test_old_training_keys_set_their_present_ones_with_a_note(load, old, value, 
     assert run.notes == [f"{old} {note}"]
 
 
+@pytest.mark.parametrize(
+    ("old", "value", "key", "read"),
+    [
+        ("lora_rank", 8, "lora_r", 8),
+        ("use_peft", True, "use_lora", True),
+        ("lora_enable", "true", "use_lora", True),
+        ("lora_target", "q_proj,v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("target_modules", ["q_proj"], "lora_target_modules", ["q_proj"]),
+        ("lora_modules_to_save", ["vte"], "modules_to_save", ["vte"]),
+        ("use_bnb_nested_quant", False, "bnb_4bit_use_double_quant", False),
+    ],
+)
+def test_old_names_of_adapter_keys_turn_adapters_on(load, old, value, key, read):
+    run = load({old: value})
+    assert getattr(run.adapter, key) == read
+    assert run.adapter.use_lora is True
+    assert run.notes == [f"{old} is read as {key}"]
+
+
 @pytest.mark.parametrize("old", ["max_seq_length", "max_length"])
 def test_one_length_sets_both_unless_they_are_given(load, old):
     both = "multimodal_max_length and text_max_length"

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from vlmtune.configs.adapter import AdapterConfig
 from vlmtune.configs.schema import DataConfig, LoopConfig, ModelConfig, RunConfig
 from vlmtune.core.errors import ConfigError
 
@@ -53,7 +54,7 @@ def test_defaults_are_those_of_the_reference():
     }
 
 
-@pytest.mark.parametrize("config", [ModelConfig, DataConfig, LoopConfig])
+@pytest.mark.parametrize("config", [ModelConfig, DataConfig, LoopConfig, AdapterConfig])
 def test_every_key_explains_itself_in_a_sentence(config):
     for f in dataclasses.fields(config):
         assert f.metadata["help"].endswith("."), f.name
@@ -211,9 +212,11 @@ def test_a_mix_counts_passes(passes):
 
 def test_to_dict_is_flat_with_own_defaults_and_the_given_training_keys():
     training = {"output_dir": "o", "seed": 7}
-    run = RunConfig(ModelConfig("m"), DataConfig(["a"]), LoopConfig(), training, {}, [])
+    run = RunConfig(
+        ModelConfig("m"), DataConfig(["a"]), LoopConfig(), AdapterConfig(), training, {}, []
+    )
     flat = run.to_dict()
     assert flat["model_path"] == "m"
     assert flat["text_max_length"] == 4096
     assert (flat["trainer"], flat["output_dir"], flat["seed"]) == ("trl", "o", 7)
-    assert len(flat) == 9 + 19 + 7 + 2
+    assert len(flat) == 9 + 19 + 7 + 21 + 2

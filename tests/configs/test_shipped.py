@@ -34,6 +34,30 @@ def test_every_preset_builds_a_real_sft_config(name, tmp_path):
     assert config.learning_rate == training["learning_rate"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_named_so_train_adapters_and_no_other_does(name):
+    adapter = load_config([str(CONFIGS / "presets" / name)]).adapter
+    assert adapter.use_lora is ("lora" in name)
+    assert adapter.load_in_4bit is ("qlora" in name)
+    assert adapter.lora_alpha == 2 * adapter.lora_r
+
+
+def test_the_qlora_presets_differ_from_the_lora_ones_only_in_bits_optimizer_and_engine():
+    for name, changed in (
+        ("ovis2_5", {"deepspeed", "per_device_train_batch_size", "bnb_4bit_quant_type"}),
+        ("quickstart", {"eval_strategy"}),
+    ):
+        lora, qlora = (
+            json.loads((CONFIGS / "presets" / f"{name}_{kind}.json").read_text())
+            for kind in ("lora", "qlora")
+        )
+        different = {key for key in lora | qlora if lora.get(key) != qlora.get(key)}
+        own = {"output_dir", "load_in_4bit", "optim", "bnb_4bit_use_double_quant"}
+        assert different <= changed | own
+        assert {"output_dir", "load_in_4bit", "optim"} <= different
+        assert qlora["optim"] == "paged_adamw_8bit"
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_recipe_keeps_the_reference_schedule(name, tmp_path):
     training = load_config([str(CONFIGS / "presets" / name)]).training

@@ -209,6 +209,18 @@ def test_a_stage_may_give_its_own_model_and_folder(recipe, key, tmp_path):
     assert stage_config(recipe(stages=stages), "two").model.model_path == "first"
 
 
+def test_a_stage_cannot_start_from_one_that_leaves_an_adapter(recipe, tmp_path):
+    lora = {"name": "one", "lora_r": 8}
+    error = failure(stage_config, recipe(stages=[lora, {"name": "two"}]), "two")
+    assert error.where == f"file {tmp_path}/recipe.json, stage two"
+    assert error.what == "starts from one, which leaves an adapter and no model"
+    adapter = f"{tmp_path}/out/one"
+    assert error.fix.endswith(f'to train on its adapter an "adapter_path": "{adapter}"')
+    two = {"name": "two", "model_path": "start", "adapter_path": adapter}
+    config = stage_config(recipe(stages=[lora, two]), "two")
+    assert (config.model.model_path, config.adapter.adapter_path) == ("start", adapter)
+
+
 def test_a_stage_needs_what_every_run_needs(recipe, tmp_path):
     error = failure(stage_config, recipe(output_dir=None, model_path=None), "one")
     assert error.where == f"file {tmp_path}/recipe.json, stage one"

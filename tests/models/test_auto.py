@@ -38,6 +38,36 @@ def test_patch_sizes_come_from_the_models_config(checkpoint):
     assert (image_processor.patch_size, image_processor.hidden_stride) == (8, 4)
 
 
+def adapted(base: Path, folder: Path, mapping: dict | None) -> Path:
+    """The processor of a base as an adapter folder has it, with this auto_mapping."""
+    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"auto_mapping": mapping}), "utf-8")
+    return folder
+
+
+OURS = {"base_model_class": "Ovis2_5", "parent_library": "vlmtune.models.ovis2_5"}
+
+
+def test_an_adapter_folder_gives_the_processor_of_its_base(checkpoint, tmp_path):
+    base = checkpoint(vit_config={"patch_size": 8, "hidden_stride": 4})
+    ours = AutoProcessor.from_pretrained(adapted(base, tmp_path / "adapter", OURS))
+    assert type(ours) is Ovis2_5Processor
+    theirs = AutoProcessor.from_pretrained(base)
+    assert ours.image_processor.patch_size == theirs.image_processor.patch_size == 8
+    assert ours.image_processor.hidden_stride == theirs.image_processor.hidden_stride == 4
+    assert ours.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize("mapping", [None, {"base_model_class": "LlamaForCausalLM"}])
+def test_adapter_folders_of_other_models_load_as_before(checkpoint, tmp_path, mapping):
+    folder = adapted(checkpoint(), tmp_path / "adapter", mapping)
+    # Their preprocessor_config.json names the class, as ours does in published folders.
+    settings = folder / "preprocessor_config.json"
+    named = json.loads(settings.read_text("utf-8")) | {"processor_class": "SiglipProcessor"}
+    settings.write_text(json.dumps(named), "utf-8")
+    assert type(AutoProcessor.from_pretrained(folder)) is not Ovis2_5Processor
+
+
 def clip(folder: Path):
     letters = {letter: i for i, letter in enumerate("abc")}
     words = {f"{letter}</w>": i + 3 for letter, i in letters.items()}

@@ -155,6 +155,8 @@ def test_a_metric_of_one_of_several_sets_is_known(arguments, metric):
             "hub_strategy",
             '"every_save" would push unfinished models',
         ),
+        ({"fp16": True}, "fp16", "float16 is not computed on a CPU"),
+        ({"torch_dtype": "float16"}, "torch_dtype", "float16 is not computed on a CPU"),
         ({"max_steps": 0}, "max_steps", "is 0, so nothing would be trained"),
         ({"num_train_epochs": 0}, "num_train_epochs", "is 0, so nothing would be trained"),
         (

@@ -71,7 +71,7 @@ def losses_by_hand(words: list[str]) -> dict[str, tuple[float, int]]:
     config = load_config(words)
     args = training_arguments(config)
     data = load_data(config, args, load_processor(config.model.model_path))
-    collator, model = PaddedCollator(data.encoder), load_model(config).eval()
+    collator, model = PaddedCollator(data.encoder), load_model(config, "float32").eval()
     found = {}
     for name, prepared in data.evaluation.items():
         total, tokens = 0.0, 0
@@ -101,11 +101,11 @@ def test_the_loss_is_that_of_all_trained_tokens_for_any_batch(trainer, batch, wo
     assert logged["eval_trained_tokens"] == tokens
 
 
-def test_two_ranks_give_the_loss_of_one_for_each_set_and_for_all(words, launch, sets):
+def test_two_ranks_give_the_loss_of_one_for_each_set_and_for_all(words, forked, sets):
     named = json.dumps({name: str(file) for name, file in sets.items()})
     expected = losses_by_hand(words(eval_data_path=named))
     # 7 and 5 samples, 2 x 2 at a time: a batch of one sample, and a rank without any.
-    done, folder = launch(
+    done, folder = forked(
         2, do_train="false", eval_data_path=named, per_device_eval_batch_size=2, use_cpu="true"
     )
     assert done.returncode == 0, done.stderr

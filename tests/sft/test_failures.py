@@ -5,12 +5,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -107,7 +103,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from vlmtune.sft.failures import explained
-rank, port, end = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
                         timeout=timedelta(seconds=2))
 dist.barrier()
@@ -124,25 +119,22 @@ except RuntimeError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["sleeps", "leaves"])
-def test_a_silent_and_a_vanished_process_are_told_from_gloos_own_errors(end):
+def test_a_silent_and_a_vanished_process_are_told_from_gloos_own_errors(end, fork, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    files = [tmp_path / f"rank{rank}" for rank in (0, 1)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITING, str(rank), str(port), end],
-            env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        fork(WAITING, file, {"RANK": str(rank)}, rank=rank, port=port, end=end)
+        for rank, file in enumerate(files)
     ]
     try:
-        told, _ = ranks[0].communicate(timeout=60)
+        ranks[0].join(60)
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.join()
+    told = files[0].read_text("utf-8")
     assert told.startswith("rank 0, step 4, samples a:\n  another process did not answer: ")
     assert "raise ddp_timeout (seconds), or lower dataloader_num_workers" in told
 
@@ -261,9 +253,9 @@ def test_a_file_that_breaks_during_the_run_is_told_with_step_and_sample(
 
 
 @pytest.mark.slow
-def test_a_rank_that_no_longer_answers_is_told_with_step_and_batch(tiny_ovis, tmp_path):
+def test_a_rank_that_no_longer_answers_is_told_with_step_and_batch(ranks, tiny_ovis, tmp_path):
     folder = tmp_path / "out"
-    words = {
+    keys = {
         "model_path": tiny_ovis,
         "eval_data_path": "[]",
         "output_dir": folder,
@@ -275,41 +267,20 @@ def test_a_rank_that_no_longer_answers_is_told_with_step_and_batch(tiny_ovis, tm
         "disable_tqdm": "true",
         "use_cpu": "true",
     }
-    flags = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-    errors = tmp_path / "errors.txt"
-    with errors.open("w") as file:
-        launcher = subprocess.Popen(
-            ["scripts/train_launch.sh", "configs/presets/quickstart.json", "2", "trl", *flags],
-            cwd=ROOT,
-            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-            stderr=file,
-        )
-    stopped = None
+    flags = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    run = ranks(["train", "configs/presets/quickstart.json", *flags], folder, 2)
     try:
-        log = folder / "log.jsonl"
-        wait_until(lambda: log.exists() and len(log.read_text("utf-8").splitlines()) >= 3, launcher)
-        workers = psutil.Process(launcher.pid).children()
-        stopped = next(w for w in workers if w.environ().get("RANK") == "1")
-        stopped.suspend()
-        wait_until(lambda: "Fix: " in errors.read_text("utf-8"), launcher)
+        run.wait_for(lambda: run.logged() >= 3)
+        run.signal(signal.SIGSTOP, ranks=[1])
+        run.processes[0].join(60)
     finally:
-        if stopped:
-            stopped.kill()
-    try:
-        assert launcher.wait(timeout=60) == 1
-    finally:
-        launcher.kill()
-    told = errors.read_text("utf-8").partition("TrainingError: ")[2]
+        for process in run.processes:
+            process.kill()
+    assert run.codes() == [1, -signal.SIGKILL]
+    told = run.told.read_text("utf-8").partition("TrainingError: ")[2]
     where, what, fix = (line.strip() for line in told.splitlines()[:3])
-    step = len(log.read_text("utf-8").splitlines()) + 1
+    step = len((folder / "log.jsonl").read_text("utf-8").splitlines()) + 1
     samples = r"samples [a-z]+-\d{4}, [a-z]+-\d{4} \(2 x \d+ tokens, [\d,]+ pixels\):"
     assert re.fullmatch(f"rank 0, step {step}, {samples}", where)
     assert what.startswith("another process did not answer: ")
     assert "raise ddp_timeout (seconds), or lower dataloader_num_workers" in fix
-
-
-def wait_until(state, process: subprocess.Popen) -> None:
-    limit = time.monotonic() + 120
-    while not state():
-        assert time.monotonic() < limit and process.poll() is None
-        time.sleep(0.01)

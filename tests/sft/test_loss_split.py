@@ -69,10 +69,10 @@ def prepared(tiny_ovis, eight, tmp_path):
         config = load_config([w for k, v in given.items() for w in (f"--{k}", str(v))])
         args = training_arguments(config)
         data = load_data(config, args, load_processor(str(tiny_ovis)))
-        model = load_model(config)
+        model = load_model(config, "float32")
         modules = apply_train_modules(model, config.model, args.learning_rate)
         taken = GradientsOfSteps()
-        trainer = make_trainer(config, model, args, data, modules, [taken])
+        trainer = make_trainer(config, model, args, data, modules, [taken], {})
         return SimpleNamespace(trainer=trainer, model=model, data=data, steps=taken.steps)
 
     return make
@@ -197,10 +197,10 @@ def test_empty_micro_batches_between_others_do_not_stop_the_run(prepared):
     ("mode", "batch", "steps"),
     [("trl", 4, 1), pytest.param("standard", 2, 2, marks=pytest.mark.long)],
 )
-def test_two_ranks_give_the_gradient_of_one(prepared, launch, tiny_ovis, eight, mode, batch, steps):
+def test_two_ranks_give_the_gradient_of_one(prepared, forked, tiny_ovis, eight, mode, batch, steps):
     # Plain gradient descent at this rate: the weights move by 1024 times the gradient, so that
     # their own rounding is lost in it.
-    done, folder = launch(
+    done, folder = forked(
         2,
         mode,
         **KEYS,

@@ -81,4 +81,6 @@ def test_another_run_may_not(checkpoint, tmp_path, written, words, what):
         check_resumable(checkpoint(**written), config(*words), arguments(tmp_path))
     assert caught.value.where == "resume_from_checkpoint"
     assert caught.value.what == f"checkpoint-3 {what}"
-    assert caught.value.fix.endswith("or start a new run with the checkpoint as model_path")
+    assert caught.value.fix.endswith(
+        "or start a new run with the checkpoint as model_path, an adapter's as adapter_path"
+    )

@@ -1,16 +1,12 @@
 """Runs that are killed, stopped or out of disk go on as if nothing had happened."""
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -29,58 +25,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LIMIT = 120
 """Seconds after which a run or a state to wait for counts as hung."""
-
-# A fork of a process that has imported the libraries: seconds less than a new one.
-CHILD = """
-import multiprocessing, os, sys
-multiprocessing.set_start_method("fork", force=True)
-os.setsid()
-os.chdir(root)
-os.environ.update(environment)
-output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(output, 1)
-os.dup2(output, 2)
-import torch
-torch.set_num_threads(1)
-exec(before)
-from vlmtune.cli.main import main
-sys.exit(main(words))
-"""
-
-
-class Run:
-    """A run of `vlmtune train` on one or more processes."""
-
-    def __init__(self, folder: Path, told: Path, processes: list):
-        self.folder, self.told, self.processes = folder, told, processes
-
-    def logged(self) -> int:
-        log = self.folder / "log.jsonl"
-        lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
-        return max((json.loads(li)["step"] for li in lines if li.endswith("\n")), default=0)
-
-    def wait_for(self, state: Callable[[], bool]) -> None:
-        limit = time.monotonic() + LIMIT
-        while not state():
-            assert time.monotonic() < limit, self.told.read_text()
-            assert all(p.is_alive() for p in self.processes), self.told.read_text()
-            time.sleep(0.002)
-
-    def signal(self, number: int, ranks: list[int] | None = None) -> None:
-        for i, process in enumerate(self.processes):
-            if ranks is None or i in ranks:
-                os.killpg(process.pid, number)
-
-    def codes(self) -> list[int]:
-        for process in self.processes:
-            process.join(LIMIT)
-        return [process.exitcode for process in self.processes]
-
-    def kill_after(self, step: int) -> None:
-        """SIGKILL for every process and loader of the run, once `step` is logged."""
-        self.wait_for(lambda: self.logged() >= step)
-        self.signal(signal.SIGKILL)
-        assert self.codes() == [-signal.SIGKILL] * len(self.processes)
 
 
 @pytest.fixture(scope="module")
@@ -121,44 +65,15 @@ def settings(tiny_ovis, data):
 
 
 @pytest.fixture(scope="module")
-def start(settings):
-    """`start(folder, processes, key=value)` starts a `Run`; `before` is Python run in it first."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlmtune.sft.train"])
-    started = []
+def start(ranks, settings):
+    """`start(folder, processes, key=value)` starts a run; `before` is Python run in it first."""
 
-    def run(folder: Path, processes: int = 1, before: str = "", **keys) -> Run:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        told = folder.parent / f"{folder.name}.{len(started)}.txt"
-        told.touch()
-        environment = {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"]}
+    def run(folder: Path, processes: int = 1, before: str = "", **keys):
         if processes > 1:
             keys = {"per_device_train_batch_size": 16 // processes, **keys}
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                environment["MASTER_PORT"] = str(free.getsockname()[1])
-            environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
-        children = []
-        for rank in range(processes):
-            known = {
-                "root": str(ROOT),
-                "environment": environment,
-                "told": str(told),
-                "before": before,
-                "words": settings(folder, **keys),
-            }
-            if processes > 1:
-                known["environment"] = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            child = context.Process(target=exec, args=(CHILD, known))
-            child.start()
-            children.append(child)
-        started.extend(children)
-        return Run(folder, told, children)
+        return ranks(settings(folder, **keys), folder, processes, before)
 
-    yield run
-    for child in started:
-        if child.is_alive():
-            child.kill()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +232,9 @@ def test_a_signal_inside_an_epoch_does_not_evaluate_as_at_its_end(
 
 
 @pytest.mark.long
-def test_sigterm_to_the_launcher_of_two_ranks_can_be_resumed(start, settings, unbroken, tmp_path):
+def test_sigterm_to_the_launcher_of_two_ranks_can_be_resumed(
+    start, settings, unbroken, wait_until, tmp_path
+):
     folder = tmp_path / "out"
     words = [*settings(folder, per_device_train_batch_size=8)[1:], "--trainer", "trl"]
     launcher = subprocess.Popen(
@@ -327,9 +244,9 @@ def test_sigterm_to_the_launcher_of_two_ranks_can_be_resumed(start, settings, un
         stderr=subprocess.PIPE,
         text=True,
     )
-    run = Run(folder, folder, [])
     try:
-        run.wait_for(lambda: run.logged() >= 4)
+        log = folder / "log.jsonl"
+        wait_until(lambda: log.exists() and log.read_text("utf-8").count("\n") >= 4, launcher)
         launcher.terminate()
         _, told = launcher.communicate(timeout=LIMIT)
     finally:

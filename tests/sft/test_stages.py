@@ -18,15 +18,16 @@ RECIPE = "configs/recipes/tiny_three_stage.json"
 
 @pytest.fixture(scope="module")
 def stages(tiny_ovis, tmp_path_factory):
-    """`stages(name, *flags)` runs one stage or all in one folder, which is `stages.folder`."""
+    """`stages(name)` runs one stage or all in one folder, which is `stages.folder`; the flags are
+    `stages.words`."""
     folder = tmp_path_factory.mktemp("stages") / "out"
-    keys = {"model_path": tiny_ovis, "output_dir": folder}
+    keys = {"model_path": tiny_ovis, "output_dir": folder, "report_to": "none"}
     keys |= {"max_steps": 2, "save_steps": 1, "save_total_limit": 2}
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
 
-    def run(name, *flags):
+    def run(name):
         return subprocess.run(
-            ["scripts/stage_configs.sh", RECIPE, name, "1", "trl", *words, *flags],
+            ["scripts/stage_configs.sh", RECIPE, name, "1", "trl", *words],
             cwd=ROOT,
             env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -34,7 +35,7 @@ def stages(tiny_ovis, tmp_path_factory):
             timeout=240,
         )
 
-    run.folder = folder
+    run.folder, run.words = folder, words
     return run
 
 
@@ -46,15 +47,21 @@ def moved(before: Path, after: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(stages):
-    early = stages("stage3")
-    done = stages("all", "--report_to", "none")
-    assert done.returncode == 0, done.stderr
-    return early, done
+def early(stages):
+    """The third stage, asked for before another is trained."""
+    return stages("stage3")
 
 
-def test_a_stage_asked_for_before_the_one_it_starts_from_names_it(trained, stages):
-    early, _ = trained
+@pytest.fixture(scope="module")
+def trained(early, stages, ranks):
+    """All stages are trained, each by a command of its own."""
+    for name in ("stage1", "stage2", "stage3"):
+        words = ["train", RECIPE, "--stage", name, "--trainer", "trl", *stages.words]
+        run = ranks(words, stages.folder / name)
+        assert run.codes() == [0], run.told.read_text()
+
+
+def test_a_stage_asked_for_before_the_one_it_starts_from_names_it(early, stages):
     assert early.returncode == 1
     assert f"starts from stage2, and {stages.folder}/stage2 holds no finished model" in early.stderr
     assert f"Fix: train stage2 first: vlmtune train {RECIPE} --stage stage2" in early.stderr
@@ -89,7 +96,7 @@ def test_a_lost_stage_is_resumed_from_its_checkpoint_and_the_next_is_trained_aga
         (two / name).unlink()
     shutil.rmtree(two / "checkpoint-2")
     before = (three / "config.json").stat().st_mtime_ns
-    done = stages("all", "--report_to", "none")
+    done = stages("all")
     assert done.returncode == 0, done.stderr
     assert "stage1 is finished" in done.stderr
     assert f"note: stage2 resumes from {two}/checkpoint-1" in done.stderr

@@ -1,4 +1,5 @@
-"""Real runs of scripts/train_launch.sh on a tiny model and the sample data."""
+"""Real runs of scripts/train_launch.sh, or of its command alone, on a tiny model and the sample
+data."""
 
 import json
 import os
@@ -101,14 +102,14 @@ def test_two_processes_give_the_losses_of_one(one_process, launch, losses):
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)
 
 
-def test_standard_trainer_gives_the_losses_of_trl(one_process, launch, losses):
-    done, folder = launch(1, "standard", name="standard", max_steps=8)
+def test_standard_trainer_gives_the_losses_of_trl(one_process, forked, losses):
+    done, folder = forked(1, "standard", name="standard", max_steps=8)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-5)
 
 
-def test_standard_trainer_moves_each_module_at_its_own_rate(launch, tiny_ovis):
-    done, folder = launch(1, "standard", max_steps=1, train_modules="vte:1e-3|llm:1e-4", seed=3)
+def test_standard_trainer_moves_each_module_at_its_own_rate(forked, tiny_ovis):
+    done, folder = forked(1, "standard", max_steps=1, train_modules="vte:1e-3|llm:1e-4", seed=3)
     assert done.returncode == 0, done.stderr
     before, after = (load_file(f / "model.safetensors") for f in (tiny_ovis, folder))
     moved = {name: (after[name] - before[name]).abs().max().item() for name in before}
@@ -119,7 +120,7 @@ def test_standard_trainer_moves_each_module_at_its_own_rate(launch, tiny_ovis):
     assert not any(value for name, value in moved.items() if name.startswith("visual_tokenizer"))
 
 
-def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, losses, tmp_path):
+def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(forked, losses, tmp_path):
     # With TRL's trainer and under ZeRO: test_zero.py.
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     with_image = [r for r in records if "image" in r][:8]
@@ -128,8 +129,8 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, loss
     data = tmp_path / "mixed.json"
     data.write_text(json.dumps(mixed), "utf-8")
     keys = {"data_path": data, "max_steps": 6, "dataloader_shuffle": "false"}
-    one, alone = launch(1, "standard", name="alone", per_device_train_batch_size=2, **keys)
-    two, split = launch(2, "standard", name="split", per_device_train_batch_size=1, **keys)
+    one, alone = forked(1, "standard", name="alone", per_device_train_batch_size=2, **keys)
+    two, split = forked(2, "standard", name="split", per_device_train_batch_size=1, **keys)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
     # Sequential rows alternate, so rank 0 sees images only and rank 1 text only.
     assert losses(split) == pytest.approx(losses(alone), abs=1e-5)
@@ -137,7 +138,7 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_losses(launch, loss
 
 @pytest.mark.long
 def test_steps_without_images_and_the_short_last_one_count_alike_in_one_process_and_two(
-    launch, losses, tmp_path
+    forked, losses, tmp_path
 ):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     with_image = [r for r in records if "image" in r][:8]
@@ -147,31 +148,31 @@ def test_steps_without_images_and_the_short_last_one_count_alike_in_one_process_
     data = tmp_path / "steps.json"
     data.write_text(json.dumps(steps), "utf-8")
     keys = {"data_path": data, "max_steps": 10, "dataloader_shuffle": "false"}
-    one, alone = launch(1, name="alone", per_device_train_batch_size=2, **keys)
-    two, split = launch(2, name="split", per_device_train_batch_size=1, **keys)
+    one, alone = forked(1, name="alone", per_device_train_batch_size=2, **keys)
+    two, split = forked(2, name="split", per_device_train_batch_size=1, **keys)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
     assert "10 = 8 per epoch" in two.stderr
     assert len(losses(alone)) == 10
     assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
 
 
-def test_data_without_images_cannot_train_the_vision_tower(launch, tmp_path):
+def test_data_without_images_cannot_train_the_vision_tower(forked, tmp_path):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
     data = tmp_path / "text.json"
     data.write_text(json.dumps([r for r in records if "image" not in r]), "utf-8")
-    done, folder = launch(max_steps=2, train_modules="llm|visual_tokenizer", data_path=data)
+    done, folder = forked(max_steps=2, train_modules="llm|visual_tokenizer", data_path=data)
     assert done.returncode == 1
     assert "train_modules, visual_tokenizer:" in done.stderr
     assert "the gradient is exactly zero after step 1" in done.stderr
     assert "train on data with images: this data has none" in done.stderr
     assert not (folder / "config.json").exists()
-    done, _ = launch(max_steps=2, train_modules="llm", data_path=data)
+    done, _ = forked(max_steps=2, train_modules="llm", data_path=data)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.long
-def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_process, launch, losses):
-    done, folder = launch(
+def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_process, forked, losses):
+    done, folder = forked(
         2,
         name="accumulated",
         max_steps=8,
@@ -185,7 +186,7 @@ def test_workers_accumulation_and_two_processes_give_the_losses_of_one(one_proce
 
 
 @pytest.mark.long
-def test_videos_and_frames_train_in_one_process_and_two(launch, losses, tmp_path):
+def test_videos_and_frames_train_in_one_process_and_two(forked, losses, tmp_path):
     av = pytest.importorskip("av")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -204,14 +205,14 @@ def test_videos_and_frames_train_in_one_process_and_two(launch, losses, tmp_path
     data.write_text(json.dumps(records), "utf-8")
     keys = {"data_path": data, "max_steps": 3, "dataloader_shuffle": "false", "max_frames": 4}
     keys |= {"min_frames": 2, "video_min_pixels": 4096, "video_max_pixels": 4096}
-    one, alone = launch(1, name="alone", per_device_train_batch_size=2, **keys)
-    two, split = launch(2, name="split", per_device_train_batch_size=1, **keys)
+    one, alone = forked(1, name="alone", per_device_train_batch_size=2, **keys)
+    two, split = forked(2, name="split", per_device_train_batch_size=1, **keys)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert losses(split) == pytest.approx(losses(alone), abs=1e-4)
 
 
-def test_half_precision_in_an_old_config_loses_no_update(one_process, launch, losses):
-    done, folder = launch(name="half", max_steps=8, torch_dtype="bfloat16")
+def test_half_precision_in_an_old_config_loses_no_update(one_process, forked, losses):
+    done, folder = forked(name="half", max_steps=8, torch_dtype="bfloat16")
     assert done.returncode == 0, done.stderr
     assert "note: torch_dtype bfloat16: the model computes in it" in done.stderr
     weights = load_file(folder / "model.safetensors")
@@ -219,8 +220,8 @@ def test_half_precision_in_an_old_config_loses_no_update(one_process, launch, lo
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=0.05)
 
 
-def test_frozen_parts_do_not_move(launch, tiny_ovis):
-    done, folder = launch(max_steps=2, freeze_llm="true", freeze_vision_tower="true", name="frozen")
+def test_frozen_parts_do_not_move(forked, tiny_ovis):
+    done, folder = forked(max_steps=2, freeze_llm="true", freeze_vision_tower="true", name="frozen")
     assert done.returncode == 0, done.stderr
     before, after = (load_file(f / "model.safetensors") for f in (tiny_ovis, folder))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -232,8 +233,8 @@ def test_frozen_parts_do_not_move(launch, tiny_ovis):
     }
 
 
-def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, losses, tmp_path):
-    done, folder = launch(
+def test_existing_script_config_trains_evaluates_and_saves(forked, tiny_ovis, losses, tmp_path):
+    done, folder = forked(
         name="legacy",
         model_path=None,
         ovis_pretrained_path=tiny_ovis,
@@ -280,8 +281,8 @@ def test_existing_script_config_trains_evaluates_and_saves(launch, tiny_ovis, lo
 
 
 @pytest.mark.long
-def test_two_processes_evaluate_and_keep_the_best_model(launch):
-    done, folder = launch(
+def test_two_processes_evaluate_and_keep_the_best_model(forked):
+    done, folder = forked(
         2,
         name="best",
         max_steps=4,
@@ -300,21 +301,21 @@ def test_two_processes_evaluate_and_keep_the_best_model(launch):
     assert all(torch.equal(best[name], saved[name]) for name in saved)
 
 
-def test_evaluation_alone_trains_and_writes_no_model(launch):
-    done, folder = launch(name="judged", do_train="false", eval_data_path="sample_data/eval.json")
+def test_evaluation_alone_trains_and_writes_no_model(forked):
+    done, folder = forked(name="judged", do_train="false", eval_data_path="sample_data/eval.json")
     assert done.returncode == 0, done.stderr
     assert "Evaluation: eval_loss 5." in done.stderr
     assert not (folder / "config.json").exists()
 
 
-def test_bad_samples_are_skipped_and_listed_with_their_reason(launch, tmp_path):
+def test_bad_samples_are_skipped_and_listed_with_their_reason(forked, tmp_path):
     records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))[:40]
     with_image = [r for r in records if isinstance(r.get("image"), str)]
     with_image[0]["image"] = "absent.png"
     with_image[1]["conversations"][1]["value"] = " "
     data = tmp_path / "bad.json"
     data.write_text(json.dumps(records), "utf-8")
-    done, folder = launch(max_steps=1, data_path=data, on_bad_sample="skip")
+    done, folder = forked(max_steps=1, data_path=data, on_bad_sample="skip")
     assert done.returncode == 0, done.stderr
     assert "38 train, 0 eval, 2 left out (bad_samples.jsonl)" in done.stderr
     ledger = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
@@ -325,33 +326,26 @@ def test_bad_samples_are_skipped_and_listed_with_their_reason(launch, tmp_path):
     assert all(e["file"] == str(data) and e["record"] and e["fix"] for e in ledger)
 
 
-def test_a_save_killed_on_the_way_leaves_no_folder_that_looks_finished(tiny_ovis, tmp_path):
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "replace, moved = Path.replace, []\n"
-        "def dying(self, target):\n"
-        "    moved.append(target)\n"
-        "    if len(moved) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return replace(self, target)\n"
-        "Path.replace = dying\n"
-        "from vlmtune.cli.main import main\n"
-        "main(['train', 'configs/presets/quickstart.json', *sys.argv[1:]])\n"
-    )
-    folder = tmp_path / "killed"
-    words = ["--model_path", tiny_ovis, "--output_dir", folder, "--max_steps", "1"]
-    words += ["--report_to", "none", "--eval_data_path", "[]"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-    )
+DIES_WHILE_SAVING = """
+import os, signal
+from pathlib import Path
+replace, moved = Path.replace, []
+def dying(self, target):
+    moved.append(target)
+    if len(moved) == 4: os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = dying
+"""
+
+
+def test_a_save_killed_on_the_way_leaves_no_folder_that_looks_finished(forked):
+    done, folder = forked(before=DIES_WHILE_SAVING, name="killed", max_steps=1)
     assert done.returncode == -signal.SIGKILL
+    assert (folder / ".partial").exists()
     assert not (folder / "config.json").exists()
 
 
-def test_zero_2_runs_in_one_process_without_torchrun(one_process, launch, losses):
-    done, folder = launch(1, name="alone", max_steps=8, deepspeed="configs/zero/zero2.json")
+def test_zero_2_runs_in_one_process_without_torchrun(one_process, forked, losses):
+    done, folder = forked(1, name="alone", max_steps=8, deepspeed="configs/zero/zero2.json")
     assert done.returncode == 0, done.stderr
     assert losses(folder) == pytest.approx(losses(one_process[1]), abs=1e-4)

@@ -1,5 +1,6 @@
 """Two real processes under DDP and every ZeRO stage: the same losses, gradients, rates, files and
-resumed weights; rank 0 sees images only, rank 1 text only."""
+resumed weights; rank 0 sees images only, rank 1 text only. The first run of DDP and of ZeRO 1, 2
+and 3 is one of scripts/train_launch.sh, under torchrun."""
 
 import json
 import re
@@ -16,6 +17,7 @@ from vlmtune.models import Ovis2_5
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
+LAUNCHED = ("ddp", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_offload_all")
 RATES = {"vte": 1e-3, "llm": 1e-4}
 
@@ -44,19 +46,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Path:
-    """Sixteen samples, image and text in turn: rank 0 of two has the images, rank 1 the text."""
-    records = json.loads((ROOT / "sample_data/train.json").read_text("utf-8"))
-    images = [r for r in records if "image" in r][:8]
-    text = [r for r in records if "image" not in r][:8]
-    file = tmp_path_factory.mktemp("mixed") / "mixed.json"
-    pairs = zip(images, text, strict=True)
-    file.write_text(json.dumps([r for pair in pairs for r in pair]), "utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def ran(launch, mixed):
+def ran(launch, forked, mixed):
     """`ran(engine, key=value)` is a finished run of three steps of four samples, done once."""
     finished: dict[tuple, Run] = {}
 
@@ -77,7 +67,9 @@ def ran(launch, mixed):
                 "save_steps": 1,
                 "deepspeed": None if engine in ("single", "ddp") else f"configs/zero/{engine}.json",
             }
-            done, folder = launch(processes, mode, name=engine, **(settings | keys))
+            first = engine in LAUNCHED and mode == "trl" and not keys
+            train = launch if first else forked
+            done, folder = train(processes, mode, name=engine, **(settings | keys))
             assert done.returncode == 0, done.stderr
             finished[key] = Run(folder, done.stderr, losses_of(folder))
         return finished[key]
