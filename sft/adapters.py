@@ -14,19 +14,18 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..configs.schema import RunConfig
 from ..core.errors import ConfigError
-from ..lora.adapter import Adapter, check_fits
+from ..lora.adapter import Adapter, Change, check_fits
 from ..lora.checkpoint import Checkpoint, fingerprint
 from ..lora.quantization import Quantization, quantization_for
 from ..lora.settings import (
     ADAPTER,
     FullPart,
     add_adapter,
-    frozen_paths,
     full_parts,
     load_adapter,
     saved_parts,
-    target_modules,
 )
+from ..lora.targets import frozen_paths, target_modules
 from ..models.parts import LANGUAGE, VISION, is_under
 from .modules import TrainedModule, table
 
@@ -76,46 +75,8 @@ def plan_adapters(base: Checkpoint, config: RunConfig, dtype: str) -> AdapterPla
     targets, frozen = [], frozen_paths(config.model)
     if settings.adapter_path:
         begun = Adapter.open(settings.adapter_path)
-        changed = check_fits(begun, base)
-        for key, part in frozen.items():
-            if any(is_under(name, part) for name in changed):
-                raise ConfigError(
-                    key,
-                    f"leaves {part} as it is, but the adapter of adapter_path changes it",
-                    "keep one of them",
-                )
-        head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
-        on_head = changed.get(f"{head}.weight")
-        if config.loop.trainer == "trl" and on_head and on_head.low_rank:
-            raise ConfigError(
-                "adapter_path",
-                f"its adapter sits on the output head {head}, past which TRL computes the loss",
-                'use "trainer": "standard"',
-            )
-        if settings.load_in_8bit and begun.config.use_dora:
-            raise ConfigError(
-                "load_in_8bit", "does not go with a DoRA adapter (PEFT 0.21)", "use load_in_4bit"
-            )
-        if begun.config.bias != "none" and is_deepspeed_zero3_enabled():
-            raise ConfigError(
-                "adapter_path",
-                "its adapter trains biases of the model, which ZeRO-3 splits before they are read",
-                "use configs/zero/zero2.json",
-            )
-        if begun.config.bias != "none" and (settings.load_in_4bit or settings.load_in_8bit):
-            raise ConfigError(
-                "adapter_path",
-                "its adapter trains biases of the model, which bitsandbytes rounds",
-                "leave load_in_4bit and load_in_8bit out",
-            )
+        _check_continued(begun, check_fits(begun, base), model, config, modules)
         saved = begun.config.modules_to_save or []
-        for module in modules:
-            if not any(map(module.endswith, saved)):
-                raise ConfigError(
-                    "adapter_path",
-                    f"its adapter does not train {module} fully",
-                    f"leave {module} out; fully trained are {', '.join(saved) or 'no parts'}",
-                )
         modules += [n for n, _ in model.named_modules() if any(map(n.endswith, saved))]
     else:
         if frozen and settings.lora_bias == "all":
@@ -126,6 +87,56 @@ def plan_adapters(base: Checkpoint, config: RunConfig, dtype: str) -> AdapterPla
             )
         targets = target_modules(model, config.model, settings, modules, config.loop.trainer)
     return AdapterPlan(targets, full, quantization_for(model, settings, modules, dtype))
+
+
+def _check_continued(
+    begun: Adapter,
+    changed: dict[str, Change],
+    model: PreTrainedModel,
+    config: RunConfig,
+    full: Sequence[str],
+) -> None:
+    """Raises ConfigError where this run cannot train on what the adapter trains."""
+    settings = config.adapter
+    for key, part in frozen_paths(config.model).items():
+        if any(is_under(name, part) for name in changed):
+            raise ConfigError(
+                key,
+                f"leaves {part} as it is, but the adapter of adapter_path changes it",
+                "keep one of them",
+            )
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    on_head = changed.get(f"{head}.weight")
+    if config.loop.trainer == "trl" and on_head and on_head.low_rank:
+        raise ConfigError(
+            "adapter_path",
+            f"its adapter sits on the output head {head}, past which TRL computes the loss",
+            'use "trainer": "standard"',
+        )
+    if settings.load_in_8bit and begun.config.use_dora:
+        raise ConfigError(
+            "load_in_8bit", "does not go with a DoRA adapter (PEFT 0.21)", "use load_in_4bit"
+        )
+    if begun.config.bias != "none" and is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "adapter_path",
+            "its adapter trains biases of the model, which ZeRO-3 splits before they are read",
+            "use configs/zero/zero2.json",
+        )
+    if begun.config.bias != "none" and (settings.load_in_4bit or settings.load_in_8bit):
+        raise ConfigError(
+            "adapter_path",
+            "its adapter trains biases of the model, which bitsandbytes rounds",
+            "leave load_in_4bit and load_in_8bit out",
+        )
+    saved = begun.config.modules_to_save or []
+    for module in full:
+        if not any(map(module.endswith, saved)):
+            raise ConfigError(
+                "adapter_path",
+                f"its adapter does not train {module} fully",
+                f"leave {module} out; fully trained are {', '.join(saved) or 'no parts'}",
+            )
 
 
 def apply_adapters(

@@ -13,7 +13,8 @@ from vlmtune.configs.adapter import AdapterConfig
 from vlmtune.configs.schema import ModelConfig
 from vlmtune.core.errors import ConfigError
 from vlmtune.lora.quantization import PIECE, Quantization, keep_unpacked, quantization_for
-from vlmtune.lora.settings import add_adapter, full_parts, target_modules
+from vlmtune.lora.settings import add_adapter, full_parts
+from vlmtune.lora.targets import target_modules
 from vlmtune.models import Ovis2_5, Ovis2_5Config
 
 PROJECTIONS = [f"self_attn.{name}_proj" for name in "qkvo"]

@@ -16,8 +16,8 @@ from vlmtune.lora.settings import (
     full_parts,
     load_adapter,
     saved_parts,
-    target_modules,
 )
+from vlmtune.lora.targets import target_modules
 from vlmtune.models import Ovis2_5, Ovis2_5Config
 
 EMBEDDINGS = "visual_tokenizer.vit.vision_model.embeddings"

@@ -192,6 +192,16 @@ def _in_base(name: str, base: dict[str, Tensor]) -> str:
     return path if path in base else "llm.model.embed_tokens.weight"  # the tied head
 
 
+def test_reentrant_checkpointing_reaches_adapters_in_the_vision_tower_alone(ran):
+    keys = {"lora_parts": "visual_tokenizer.vit", "train_modules": "all", "save_strategy": "no"}
+    one, other = (
+        ran(**keys, gradient_checkpointing_kwargs=f'{{"use_reentrant": {reentrant}}}')
+        for reentrant in ("true", "false")
+    )
+    assert one.logged("loss") == other.logged("loss")
+    assert len(set(one.logged("loss"))) == 3
+
+
 def test_the_frozen_base_does_not_move_by_a_bit_and_every_adapter_does(ran, tiny_ovis):
     run = ran(before=WITNESS)
     before = load_file(tiny_ovis / "model.safetensors")
