@@ -4,9 +4,10 @@
 
 Makes a random Ovis2.5 of about 520 M parameters in bfloat16, in files of at most 250 MB, and a LoRA
 of rank 16 on all its linear layers, in a temporary folder; then merges it in a process per variant,
-the variants in turn, on one thread. Prints one JSON line. `peak_mb` is the peak of RssAnon, polled,
-over its value when the libraries were imported; mapped weight files, which the system may drop at
-any time, are not in it. `equal_tensors` are those with the bits of PEFT's.
+the variants in turn, on one thread. `ours_qlora` also measures what nf4 would change in the base.
+Prints one JSON line. `peak_mb` is the peak of RssAnon, polled, over its value when the libraries
+were imported; mapped weight files, which the system may drop at any time, are not in it.
+`equal_tensors` are those with the bits of PEFT's.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-VARIANTS = ("ours", "file_loop", "peft")
+VARIANTS = ("ours", "ours_qlora", "file_loop", "peft")
 SEED = 0
 SHARD_SIZE = "250MB"
 
@@ -107,6 +108,8 @@ def make(folder: Path) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from vlmtune.core.checkpoints import RUN_FILE
+    from vlmtune.lora.quantization import Quantization
     from vlmtune.models import Ovis2_5, Ovis2_5Config
 
     config = Ovis2_5Config(
@@ -140,6 +143,16 @@ def make(folder: Path) -> dict:
             torch.nn.init.normal_(parameter, std=0.02)
             modules += 1
     adapted.save_pretrained(folder / "adapter")
+    # The same adapter as if it had been trained on nf4 weights, which the merge then measures.
+    shutil.copytree(folder / "adapter", folder / "qlora")
+    linear = [
+        name.removeprefix("base_model.model.")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "base_layer") and ".llm." in name
+    ]
+    quantization = Quantization(4, "nf4", True, "bfloat16", linear)
+    run = json.dumps({"quantization": quantization.to_dict()})
+    (folder / "qlora" / RUN_FILE).write_text(run, "utf-8")
     return {"parameters": count, "adapted_modules": modules, "rank": 16}
 
 
@@ -148,6 +161,14 @@ def ours(folder: Path) -> dict:
 
     with Measured() as measured:
         merge(str(folder / "base"), [(str(folder / "adapter"), 1.0)], folder / "ours")
+    return measured.result
+
+
+def ours_qlora(folder: Path) -> dict:
+    from vlmtune.lora.merge import merge
+
+    with Measured() as measured:
+        merge(str(folder / "base"), [(str(folder / "qlora"), 1.0)], folder / "ours_qlora")
     return measured.result
 
 
@@ -231,7 +252,13 @@ def anonymous_mb() -> float:
     raise RuntimeError("/proc/self/status tells no RssAnon; this needs Linux.")
 
 
-PARTS = {"make": make, "ours": ours, "file_loop": file_loop, "peft": peft}
+PARTS = {
+    "make": make,
+    "ours": ours,
+    "ours_qlora": ours_qlora,
+    "file_loop": file_loop,
+    "peft": peft,
+}
 
 if __name__ == "__main__":
     main()

@@ -713,10 +713,11 @@ def anonymous():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
-peaks = [0]
+peak = 0
 def watch():
+    global peak
     while True:
-        peaks.append(max(peaks.pop(), anonymous()))
+        peak = max(peak, anonymous())
         time.sleep(0.002)
 
 base, adapter, small_base, small_adapter, small_merged, merged = sys.argv[1:]
@@ -725,7 +726,7 @@ before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 found = verify(base, [(adapter, 1.0)], merged, samples=2)
 print(found.report())
-print(peaks[0] - before)
+print(peak - before)
 """
 
 
