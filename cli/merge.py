@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="vlmtune merge",
         description="Write base + adapter as a model folder with the base's files, names and "
-        "shards. Memory does not grow with the model.",
+        "shards, in less memory than the largest of its weight files.",
         epilog="More: docs/lora.md",
         allow_abbrev=False,
     )
@@ -73,13 +73,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--compute_dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
         help="what --verify runs the models in (default: float32)",
     )
     parser.add_argument("--device", help="of --verify (default: a GPU if there is one)")
     given = parser.parse_args(argv)
-    if (given.data or given.image_folder or given.device) and not given.verify:
-        parser.error("--data, --image_folder and --device need --verify")
+    checking = (given.data, given.image_folder, given.compute_dtype, given.device)
+    if any(checking) and not given.verify:
+        parser.error("--data, --image_folder, --compute_dtype and --device need --verify")
     quiet_hosts()
     # Imported here: it takes seconds, and argparse catches most mistakes before.
     from ..lora.adapter import Adapter, parse_adapter
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
             str(folder),
             data=given.data,
             image_folder=given.image_folder,
-            compute_dtype=given.compute_dtype,
+            compute_dtype=given.compute_dtype or "float32",
             device=given.device,
         )
         print(found.report())

@@ -219,6 +219,8 @@ def test_a_stage_cannot_start_from_one_that_leaves_an_adapter(recipe, tmp_path):
     two = {"name": "two", "model_path": "start", "adapter_path": adapter}
     config = stage_config(recipe(stages=[lora, two]), "two")
     assert (config.model.model_path, config.adapter.adapter_path) == ("start", adapter)
+    error = failure(load_stage, recipe(stages=[lora, two]), "two")
+    assert error.what == f"starts from one, and {adapter} holds no finished model"
 
 
 def test_a_stage_needs_what_every_run_needs(recipe, tmp_path):

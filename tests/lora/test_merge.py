@@ -554,6 +554,27 @@ def test_on_a_terminal_the_command_asks_onto_which_weights(
     assert origin["onto"] == "dequantized"
 
 
+def test_a_closed_terminal_means_the_original_weights(base, adapter, tmp_path, monkeypatch):
+    trained = quantized(tmp_path, adapter(base("bfloat16")), QUANTIZED)
+    keyboard, terminal = os.openpty()
+    with os.fdopen(terminal) as stdin, os.fdopen(keyboard, "w") as typed:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        typed.write("\x04")
+        typed.flush()
+        assert main(["merge", "--adapter", str(trained), "--output", str(tmp_path / "merged")]) == 0
+    origin = json.loads((tmp_path / "merged/vlmtune_merge.json").read_text("utf-8"))
+    assert origin["onto"] == "original"
+
+
+@pytest.mark.parametrize("flag", ["--data", "--image_folder", "--compute_dtype", "--device"])
+def test_flags_of_verify_need_it(flag, capsys):
+    value = "float32" if flag == "--compute_dtype" else "x"
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", "--adapter", "a", "--output", "o", flag, value])
+    assert ended.value.code == 2
+    assert "need --verify" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_script_takes_its_own_names_of_the_flags(base, adapter, tmp_path):
     model = base("bfloat16")

@@ -347,3 +347,20 @@ def test_an_adapter_and_a_model_take_each_other_s_place_whole(ranks, settings, t
     assert code == 1 and "already holds a finished model or adapter" in told
     assert train(overwrite_output_dir="true")[0] == 0
     assert found() == adapter
+
+
+def test_a_continued_adapter_is_resumed_to_the_same_bits(ran):
+    own = {"lora_r": None, "lora_dropout": None, "lora_parts": None}
+    keys = own | {"adapter_path": ran("single").folder, "learning_rate": 2e-3}
+    whole = ran("single", **keys)
+    resumed = ran("single", resume_from_checkpoint=whole.folder / "checkpoint-2", **keys)
+    ours, theirs = resumed.adapter(), whole.adapter()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_biases_are_not_trained_on_over_quantised_layers(ran):
+    own = {"lora_r": None, "lora_dropout": None, "lora_parts": None}
+    keys = {"train_modules": TIED["train_modules"], "adapter_path": ran(**TIED).folder}
+    run = ran(code=1, load_in_4bit="true", **(own | keys))
+    assert "its adapter trains biases of the model, which bitsandbytes rounds" in run.told
