@@ -2,6 +2,7 @@
 # make test         the CPU test suite, offline
 # make test-all     the same with the long tests
 # make lint         ruff and pyright
+# make bench        the CPU benchmarks: results, tables and plots
 
 PYTHON ?= python3
 READY := .venv/.ready
@@ -10,7 +11,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all lint
+.PHONY: quickstart test test-all lint bench
 
 # One thread: matrices this small make more threads wait for each other.
 quickstart: $(READY)
@@ -28,6 +29,9 @@ lint: $(READY)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pyright
+
+bench: $(READY)
+	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python benchmarks/run_all.py
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -5,9 +5,10 @@
 Writes that many records as one JSON array into a temporary folder and starts a process for each
 part: `prepare` (the first process of a machine: parse, tokenize, write), `start` (any other
 process: find the result) and `read` (training's side: every sample once, in random order, in
-batches of 8 through the collator). Prints one JSON line. `above_mb` is the peak of RssAnon, polled,
-over its value when the libraries were imported; mapped Arrow pages, which the system may drop at
-any time, are not in it. `--measure words` leaves tokenizer and collator out.
+batches of 8 through the collator). Prints one JSON line. `above_mb` is the peak of anonymous memory
+of the process and those it started, polled, over its value when the libraries were imported; a page
+that several share counts once, and mapped Arrow pages, which the system may drop at any time, do
+not. `--measure words` leaves tokenizer and collator out.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -88,36 +90,37 @@ def run_part(part: str, path: str, measure: str) -> dict:
 
     from vlmtune.collators.padded import PaddedCollator
     from vlmtune.collators.sample import SampleEncoder
-    from vlmtune.data.dataset import prepare_dataset
+    from vlmtune.data.dataset import ArrowRows, prepare_dataset
     from vlmtune.data.images import PixelLimits
     from vlmtune.data.sources import resolve_sources
     from vlmtune.models import Ovis2_5Processor
     from vlmtune.models.ovis2_5.image_processing_ovis2_5 import Ovis2_5ImageProcessor
 
     peak = Peak()
-    began, cpu_began = time.perf_counter(), time.process_time()
+    began, cpu_began = time.perf_counter(), cpu_seconds()
     if measure == "tokens":
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/goldens/ovis2_5/tokenizer")
         processor = Ovis2_5Processor(Ovis2_5ImageProcessor(), tokenizer)
         limits = PixelLimits(448**2, 448**2, 448**2, 448**2, 448**2, 448**2, 8, 8)
         encoder = SampleEncoder(processor, limits, 4096, 4096)
-        measured, collate = encoder.measure, PaddedCollator(encoder)
+        encode, collate = encoder.columns, PaddedCollator(encoder)
     else:
-        measured, collate = count_words, list
+        encode, collate = count_words, list
     prepared = prepare_dataset(
         resolve_sources([path], None),
         check_files=lambda conversation: [],
-        measure=measured,
+        encode=encode,
         skip_bad=False,
         fingerprint=measure,
     )
     if part == "read":
-        sampler = RandomSampler(prepared.dataset)
-        loader = DataLoader(prepared.dataset, batch_size=8, sampler=sampler, collate_fn=collate)
-        assert sum(1 for _ in loader) == -(-len(prepared.dataset) // 8)
+        rows = ArrowRows(prepared.dataset)
+        sampler = RandomSampler(rows)
+        loader = DataLoader(rows, batch_size=8, sampler=sampler, collate_fn=collate)
+        assert sum(1 for _ in loader) == -(-len(rows) // 8)
     return {
         "seconds": round(time.perf_counter() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu_began, 1),
+        "cpu_seconds": round(cpu_seconds() - cpu_began, 1),
         "libraries_mb": peak.before,
         "above_mb": peak.end() - peak.before,
         "samples": len(prepared.dataset),
@@ -125,13 +128,26 @@ def run_part(part: str, path: str, measure: str) -> dict:
     }
 
 
-def count_words(conversation, sizes) -> tuple[int, int]:
+def count_words(conversation, sizes) -> dict:
     counts = [len(turn.text.split()) for turn in conversation.turns]
-    return sum(counts), counts[-1]
+    return {
+        "ids": [],
+        "trained": [],
+        "grids": [],
+        "length": sum(counts),
+        "trained_tokens": counts[-1],
+        "patches": 0,
+        "patches_squared": 0,
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and those it started that have ended."""
+    return sum(os.times()[:4])
 
 
 class Peak(threading.Thread):
-    """Polls this process's anonymous memory, in MB."""
+    """Polls the anonymous memory of this process and those it started, in MB."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -140,7 +156,7 @@ class Peak(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self.stop.wait(0.02):
+        while not self.stop.wait(0.05):
             self.highest = max(self.highest, anonymous_mb())
 
     def end(self) -> int:
@@ -150,10 +166,14 @@ class Peak(threading.Thread):
 
 
 def anonymous_mb() -> int:
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) // 1024
-    raise RuntimeError("/proc/self/status tells no RssAnon; this needs Linux.")
+    import psutil
+
+    this, total = psutil.Process(), 0
+    for process in [this, *this.children()]:
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text("utf-8").splitlines():
+                total += int(line.split()[1]) if line.startswith("Pss_Anon:") else 0
+    return total // 1024
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from transformers import PreTrainedConfig
 
 from vlmtune.models import Ovis2_5, Ovis2_5Config
 from vlmtune.models.ovis2_5.configuration_ovis2_5 import NUM_INDICATORS
+from vlmtune.models.ovis2_5.visual_tokenizer_ovis2_5 import BUFFERS
+from vlmtune.models.supervised_head import rows_per_chunk
 
 GB = 10**9
 GPUS = (1, 2, 4, 8)
@@ -49,6 +51,8 @@ STAGE_1 = ("visual_tokenizer.",)
 # deepspeed 0.19.8: reduce_bucket_size in runtime/zero/config.py, and what runtime/engine.py takes
 # for the all-reduce of stage 0.
 DEFAULT_BUCKET = 500_000_000
+
+CUDA = torch.device("cuda")
 
 # config.json of AIDC-AI/Ovis2.5-2B and AIDC-AI/Ovis2.5-9B.
 _VIT = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
@@ -234,30 +238,55 @@ def vit_layer_bytes(vit: PreTrainedConfig, half: bool = True) -> int:
     return (18 if half else 26) * vit.hidden_size + 4 * vit.intermediate_size + statistics
 
 
+def loss_head_bytes(llm: PreTrainedConfig, tokens: int, half: bool = True) -> int:
+    """Bytes of a chunk in the backward pass of `label_log_probs` on a GPU, all tokens trained, and
+    the float32 gradient of its weight; of a float32 weight that is counted as its gradient."""
+    rows = min(tokens, rows_per_chunk(llm.vocab_size, CUDA))
+    return llm.vocab_size * (6 * rows + (4 * llm.hidden_size if half else 0))
+
+
+def visual_head_bytes(config: Ovis2_5Config, tokens: int, half: bool = True) -> int:
+    """The same of `ExpectedEmbedding` for `tokens` visual tokens, with head and table."""
+    vit = config.vit_config
+    words = config.visual_vocab_size - NUM_INDICATORS
+    rows = min(tokens, rows_per_chunk(words, CUDA, BUFFERS))
+    head = words * vit.hidden_size * vit.hidden_stride**2
+    table = config.visual_vocab_size * config.llm_config.hidden_size
+    return 24 * rows * words + (4 * (head + table) if half else 0)
+
+
 def activations(
     config: Ovis2_5Config, sample: Sample, checkpointing: bool, half: bool = True
 ) -> dict[str, int]:
-    """Bytes alive when backward starts, by part; `logits` are those of the standard trainer."""
+    """Bytes that the layers of both towers keep for backward (`llm`, `vit`), and what is alive
+    beside them in turn: a head's chunk and gradients, a layer that is recomputed."""
     llm, vit = config.llm_config, config.vit_config
-    words = config.visual_vocab_size - NUM_INDICATORS
-    visual_tokens = sample.patches // vit.hidden_stride**2
     llm_layer = llm_layer_bytes(llm, half) * sample.tokens
     vit_layer = vit_layer_bytes(vit, half) * sample.patches
-    logits = 12 * llm.vocab_size * sample.tokens
+    width = 2 if half else 4
     if checkpointing:
-        width = 2 if half else 4
         kept = {
             "llm": width * llm.hidden_size * llm.num_hidden_layers * sample.tokens,
             "vit": width * vit.hidden_size * vit.num_hidden_layers * sample.patches,
-            "logits": max(logits, llm_layer, vit_layer),
+            "layer": max(llm_layer, vit_layer),
         }
     else:
         kept = {
             "llm": llm_layer * llm.num_hidden_layers,
             "vit": vit_layer * vit.num_hidden_layers,
-            "logits": logits,
+            "layer": 0,
         }
-    return {**kept, "visual_head": 8 * words * visual_tokens}
+    return {
+        **kept,
+        "loss_head": loss_head_bytes(llm, sample.tokens, half),
+        "visual_head": visual_head_bytes(config, sample.patches // vit.hidden_stride**2, half),
+    }
+
+
+def alive(parts: dict[str, int]) -> int:
+    """Bytes of `activations` at the worst moment."""
+    largest = max(parts[name] for name in ("layer", "loss_head", "visual_head"))
+    return parts["llm"] + parts["vit"] + largest
 
 
 def checkpoint_bytes(counts: Counts, zero: dict, bf16: bool = True) -> tuple[int, int]:
@@ -270,7 +299,7 @@ def checkpoint_bytes(counts: Counts, zero: dict, bf16: bool = True) -> tuple[int
 
 
 def peak(terms: dict[str, int], activation_bytes: int) -> int:
-    """The larger of the two worst moments: the start of backward, and the optimizer step."""
+    """The larger of the two worst moments: in backward, and in the optimizer step."""
     backward = terms["gradients"] + terms["backward"] + activation_bytes
     return terms["weights"] + terms["master"] + terms["moments"] + max(backward, terms["step"])
 
@@ -279,7 +308,7 @@ def run_peak(size: str, engine: str, gpus: int, sample: str, checkpointing: bool
     """Bytes of one GPU at its worst moment, one sample per micro-batch, all parts trained."""
     config, zero = ovis_config(size), read_zero(engine)
     kept = activations(config, SAMPLES[size][sample], checkpointing, half=bool(zero))
-    return peak(memory(counts_of(size), zero, gpus), sum(kept.values()))
+    return peak(memory(counts_of(size), zero, gpus), alive(kept))
 
 
 def first_that_fits(size: str, gpus: int, card: int, sample: str) -> str | None:
@@ -359,19 +388,19 @@ def _activation_table() -> str:
         for name, sample in samples.items():
             for checkpointing in (False, True):
                 kept = activations(config, sample, checkpointing)
-                autocast = sum(activations(config, sample, checkpointing, half=False).values())
-                parts = [kept[n] for n in ("llm", "vit", "visual_head", "logits")]
+                autocast = activations(config, sample, checkpointing, half=False)
+                parts = [kept[n] for n in ("llm", "vit", "loss_head", "visual_head")]
                 rows.append(
                     [
                         f"{size} {name}",
                         f"{sample.tokens:,}",
                         f"{sample.patches:,}",
                         "on" if checkpointing else "off",
-                        *map(gigabytes, [*parts, sum(parts), autocast]),
+                        *map(gigabytes, [*parts, alive(kept), alive(autocast)]),
                     ]
                 )
     header = ["sample", "tokens", "patches", "gradient checkpointing", "LLM layers", "ViT layers"]
-    return table([*header, "visual head", "logits", "all, bf16", "all, autocast"], rows)
+    return table([*header, "loss head", "visual head", "all, bf16", "all, autocast"], rows)
 
 
 def _peak_table(size: str) -> str:

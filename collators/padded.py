@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from ..data.conversation import Conversation
 from .rendering import IGNORE_INDEX
 from .sample import SampleEncoder
 
@@ -21,8 +22,7 @@ class PaddedCollator:
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, padded with the tokenizer's pad
-        id, 0 and -100; with any image in the batch also `pixel_values` `[N, features]`, all
-        patches in order, and `grid_thws` `[media, 3]`. `sample_ids`, a list of text, names the
+        id, 0 and -100, and what `media_batch` gives. `sample_ids`, a list of text, names the
         samples that count, for messages; it is not for the model.
 
     Raises:
@@ -35,26 +35,53 @@ class PaddedCollator:
     encoder: SampleEncoder
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        samples = [self.encoder.load(Conversation.from_row(row)) for row in rows]
-        encoded = [sample.encoded for sample in samples]
-        longest = max(len(e.ids) for e in encoded)
-        labels = [
-            [IGNORE_INDEX] * len(e.ids) if row.get(REPEATED) else e.labels
-            for row, e in zip(rows, encoded, strict=True)
-        ]
-        pad = self.encoder.processor.tokenizer.pad_token_id
-
-        def padded(values: list[int], filler: int) -> list[int]:
-            return values + [filler] * (longest - len(values))
-
-        batch: dict[str, Any] = {
-            "input_ids": torch.tensor([padded(e.ids, pad) for e in encoded]),
-            "attention_mask": torch.tensor([padded([1] * len(e.ids), 0) for e in encoded]),
-            "labels": torch.tensor([padded(row, IGNORE_INDEX) for row in labels]),
-            "sample_ids": [row["id"] for row in rows if not row.get(REPEATED)],
+        samples = [self.encoder.ids_and_labels(row) for row in rows]
+        shape = len(rows), max(len(ids) for ids, _ in samples)
+        input_ids = np.full(shape, self.encoder.processor.tokenizer.pad_token_id, np.int64)
+        attention_mask = np.zeros(shape, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
+        for i, (row, (ids, row_labels)) in enumerate(zip(rows, samples, strict=True)):
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+            if not row.get(REPEATED):
+                labels[i, : len(ids)] = row_labels
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels),
+            "sample_ids": counted_ids(rows),
+            **media_batch(self.encoder, rows),
         }
-        patches = [p for sample in samples for p in sample.patches]
-        if patches:
-            batch["pixel_values"] = torch.from_numpy(np.concatenate(patches))
-            batch["grid_thws"] = torch.tensor([g for sample in samples for g in sample.grids])
-        return batch
+
+
+def counted_ids(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Ids of the samples that count."""
+    return [row["id"] for row in rows if not row.get(REPEATED)]
+
+
+def media_batch(encoder: SampleEncoder, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """`pixel_values`, uint8 `[N, features]`, the patches of all rows in order, which
+    `Ovis2_5ImageProcessor.normalise` makes the model's; and `grid_thws`, int64 `[media, 3]`.
+    Nothing where no row has media.
+
+    The patches are written once, in a worker of a DataLoader into the memory it shares with the
+    main process.
+
+    Raises:
+        DataError: a file changed since it was checked.
+    """
+    bounds = np.cumsum([0, *(row["patches"] for row in rows)]).tolist()
+    if not bounds[-1]:
+        return {}
+    shape = bounds[-1], encoder.processor.image_processor.features
+    if get_worker_info():
+        storage = torch.UntypedStorage._new_shared(shape[0] * shape[1])
+        pixels = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    else:
+        pixels = torch.empty(shape, dtype=torch.uint8)
+    out = pixels.numpy()
+    for row, start, stop in zip(rows, bounds, bounds[1:], strict=False):
+        if stop > start:
+            encoder.write_pixels(row, out[start:stop])
+    grids = np.concatenate([np.asarray(row["grids"], np.int64) for row in rows])
+    return {"pixel_values": pixels, "grid_thws": torch.from_numpy(grids.reshape(-1, 3))}

@@ -1,7 +1,11 @@
-"""A conversation and its files to one training sample."""
+"""A conversation and its files to a row of ids, and the row to ids, labels and pixels."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,28 +22,23 @@ from ..data.images import (
     read_video,
 )
 from ..models import Ovis2_5Processor
+from ..models.ovis2_5.configuration_ovis2_5 import VISUAL_ATOM_ID
 from ..models.ovis2_5.vision_ovis2_5 import Grid
-from .rendering import Encoded, Thinking, encode, render, truncate
+from .rendering import IGNORE_INDEX, Encoded, Thinking, encode, render, truncate
 
 Size = tuple[int, int, int]
 """Frames, height and width of an image or video file."""
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Ids and labels `[T]`, patches `[N, features]` of each medium left, and their grids."""
-
-    encoded: Encoded
-    patches: list[np.ndarray]
-    grids: list[Grid]
-
-
-@dataclass(frozen=True)
 class SampleEncoder:
-    """How a run turns conversations into samples.
+    """How a run turns conversations into rows (`data.dataset.FEATURES`), and rows into samples.
 
     Attributes:
         multimodal_max_length, text_max_length: Longest sample with and without media, in tokens.
+        jpeg_draft: Decode a JPEG at the smallest scale of an eighth, a quarter, a half or one that
+            is not below the size needed; its pixels are then not those of the reference.
+        decode_files: Decode every file when it is checked, so that a broken one is found then.
     """
 
     processor: Ovis2_5Processor
@@ -47,21 +46,25 @@ class SampleEncoder:
     multimodal_max_length: int
     text_max_length: int
     thinking: Thinking = "every_turn"
+    jpeg_draft: bool = False
+    decode_files: bool = False
 
     def check_files(self, conversation: Conversation) -> list[Size]:
-        """Sizes of the media, after reading every file once.
+        """Sizes of the media, after a look whether every file is whole; videos are decoded.
 
         Raises:
             DataError: a file is missing, unreadable, corrupt, of zero size or huge.
         """
         where = conversation.where
-        images = [(1, *check_image(f, where("image"))) for f in conversation.images]
-        frames = [check_image(f, where("video_frames")) for f in conversation.frames]
+        check = partial(check_image, decode_whole=self.decode_files)
+        images = [(1, *check(f, where("image"))) for f in conversation.images]
+        frames = [check(f, where("video_frames")) for f in conversation.frames]
         if frames:
             return [(len(frames), *frames[self._indices(len(frames))[0]])]
         if conversation.video:
             size = check_video(conversation.video, where("video"))
-            read_video(conversation.video, where("video"), self._indices(size[0]))
+            frames = read_video(conversation.video, where("video"), self._indices(size[0]))
+            deque(frames, maxlen=0)
             return [size]
         return images
 
@@ -82,44 +85,105 @@ class SampleEncoder:
             raise DataError(conversation.where(error.where), error.what, error.fix) from None
         return truncate(encode(segments, self.processor, counts), limit)
 
-    def measure(self, conversation: Conversation, sizes: Sequence[Size]) -> tuple[int, int]:
-        """Tokens and trained tokens of the sample; raises as `encode`."""
+    def columns(self, conversation: Conversation, sizes: Sequence[Size]) -> dict[str, Any]:
+        """Columns `ids` to `patches_squared` of the row, lists as int32 `[n]`; raises as
+        `encode`."""
         encoded = self.encode(conversation, sizes)
-        return len(encoded.ids), encoded.trained_tokens
+        grids = self._grids(conversation, sizes)[: len(encoded.media)]
+        kept = np.ones(len(encoded.ids), bool)
+        for begin, end in encoded.media:
+            kept[begin + 2 : end - 1] = False
+        trained = np.array(encoded.labels) != IGNORE_INDEX
+        return {
+            "ids": np.array(encoded.ids, np.int32)[kept],
+            "trained": np.flatnonzero(np.diff(trained, prepend=False, append=False)).astype("i4"),
+            "grids": np.array(grids, np.int32).ravel(),
+            "length": len(encoded.ids),
+            "trained_tokens": int(trained.sum()),
+            "patches": sum(t * h * w for t, h, w in grids),
+            "patches_squared": sum(t * (h * w) ** 2 for t, h, w in grids),
+        }
 
-    def load(self, conversation: Conversation) -> Sample:
-        """The sample with its pixels; media that were cut off are not decoded."""
-        media, sizes = self._open(conversation)
-        encoded = self.encode(conversation, sizes)
-        where = conversation.where("image" if conversation.images else "video_frames")
-        patches, grids = [], []
-        for i, (frames, size) in enumerate(zip(media, sizes, strict=True)):
-            if i >= len(encoded.media):
-                for frame in frames:
-                    frame.close()
-                continue
-            for frame in frames:
-                # An image of a table has no file name.
-                decode(frame, getattr(frame, "filename", "") or f"image {i + 1}", where)
-            low, high = self._limits(conversation, size)
-            values, grid = self.processor.image_processor.patches(frames, low, high)
-            patches.append(values)
-            grids.append(grid)
-        return Sample(encoded, patches, grids)
+    def row(self, conversation: Conversation) -> dict[str, Any]:
+        """The row; raises as `check_files` and `encode`."""
+        sizes = self.check_files(conversation)
+        return {**conversation.to_row(), **self.columns(conversation, sizes)}
 
-    def _open(self, conversation: Conversation) -> tuple[list[list[Image.Image]], list[Size]]:
-        where = conversation.where
-        if conversation.video:
-            size = check_video(conversation.video, where("video"))
-            frames = read_video(conversation.video, where("video"), self._indices(size[0]))
-            return [frames], [size]
-        if conversation.frames:
-            count = len(conversation.frames)
-            files = [conversation.frames[i] for i in self._indices(count)]
-            frames = [open_image(f, where("video_frames")) for f in files]
-            return [frames], [(count, frames[0].height, frames[0].width)]
-        images = [open_image(f, where("image")) for f in conversation.images]
-        return [[image] for image in images], [(1, image.height, image.width) for image in images]
+    def ids_and_labels(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and unshifted labels of a row, int64 `[T]`, with every visual token.
+
+        Example: ids [7, -301, -300, -302, 8], a grid of (1, 4, 4) and trained [7, 8] become
+            [7, -301, -300, -300, -300, -300, -302, 8] and -100 but for the last, which is 8.
+        """
+        ids = np.asarray(row["ids"], np.int64)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[ids == VISUAL_ATOM_ID] = [
+            self.processor.image_processor.visual_tokens(grid) for grid in grids_of(row)
+        ]
+        ids = np.repeat(ids, repeats)
+        labels = np.full(len(ids), IGNORE_INDEX)
+        for start, stop in np.asarray(row["trained"]).reshape(-1, 2):
+            labels[start:stop] = ids[start:stop]
+        return ids, labels
+
+    def write_pixels(self, row: dict[str, Any], out: np.ndarray) -> None:
+        """Decode the media that the cut has left, one image or frame at a time.
+
+        Args:
+            out: uint8 `[row["patches"], features]`; the patches are written there in order.
+
+        Raises:
+            DataError: a file is gone, corrupt, or not of the size it had when it was checked.
+        """
+        where = f'{row["source"]}, record {row["record"]} (id "{row["id"]}"), '
+        start = 0
+        for i, grid in enumerate(grids_of(row)):
+            stop = start + grid[0] * grid[1] * grid[2]
+            if row["image_files"]:
+                limits = self.limits.for_images(len(row["image_files"]))
+                frames = self._images([row["image_files"][i]], f"{where}image", grid, limits)
+            elif row["frame_files"]:
+                indices = self._indices(len(row["frame_files"]))
+                files = [row["frame_files"][i] for i in indices]
+                limits = self.limits.for_video(len(files))
+                frames = self._images(files, f"{where}video_frames", grid, limits)
+            else:
+                frames = self._frames(row["video_file"], f"{where}video", grid)
+            self.processor.image_processor.write_patches(frames, grid, out[start:stop])
+            start = stop
+
+    def _images(
+        self, files: Sequence[str], where: str, grid: Grid, limits: tuple[int, int]
+    ) -> Iterator[Image.Image]:
+        """Decoded images, each closed when the next one is asked for."""
+        patch = self.processor.image_processor.patch_size
+        for i, file in enumerate(files):
+            with closing(open_image(file, where)) as image:
+                if i == 0:
+                    size = (len(files), image.height, image.width)
+                    self._check_grid(file, where, grid, size, limits)
+                if self.jpeg_draft:
+                    image.draft("RGB", (grid[2] * patch, grid[1] * patch))
+                yield decode(image, file, where)
+
+    def _frames(self, file: str, where: str, grid: Grid) -> Iterator[Image.Image]:
+        total, height, width = check_video(file, where)
+        indices = self._indices(total)
+        size = (len(indices), height, width)
+        self._check_grid(file, where, grid, size, self.limits.for_video(len(indices)))
+        return read_video(file, where, indices)
+
+    def _check_grid(
+        self, file: str, where: str, grid: Grid, size: Size, limits: tuple[int, int]
+    ) -> None:
+        frames, height, width = size
+        found = self.processor.image_processor.grid(height, width, *limits, frames=frames)
+        if found != grid:
+            raise DataError(
+                where,
+                f"{file} has changed since it was checked: {width} x {height} pixels now.",
+                "start the run again; the data will be checked again.",
+            )
 
     def _grids(self, conversation: Conversation, sizes: Sequence[Size]) -> list[Grid]:
         return [
@@ -139,3 +203,9 @@ class SampleEncoder:
 
     def _indices(self, total: int) -> list[int]:
         return frame_indices(total, self.limits.min_frames, self.limits.max_frames)
+
+
+def grids_of(row: dict[str, Any]) -> list[Grid]:
+    """Frames, rows and columns of each medium of a row."""
+    flat = [int(n) for n in row["grids"]]
+    return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))

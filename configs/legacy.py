@@ -39,9 +39,9 @@ RENAMED_HOW: dict[str, str] = {
 }
 
 # Switch -> the key it sets, its value when true, its value when false (None: nothing is set).
-SWITCHES: dict[str, tuple[str, str, str | None]] = {
-    "dataloader_shuffle": ("train_sampling_strategy", "random", "sequential"),
-    "group_by_length": ("train_sampling_strategy", "group_by_length", None),
+SWITCHES: dict[str, tuple[str, str | None, str | None]] = {
+    "dataloader_shuffle": ("train_sampling_strategy", None, "sequential"),
+    "group_by_length": ("train_sampling_strategy", "group_by_length", "random"),
     "adafactor": ("optim", "adafactor", None),
 }
 
@@ -51,9 +51,8 @@ FIXED: dict[str, tuple[str | bool, str]] = {
         "conversation",
         'name the set in datainfo, with its "data_format": "caption"',
     ),
-    "packing": (False, "leave it out: samples are padded"),
-    "eval_packing": (False, "leave it out: samples are padded"),
-    "padding_free": (False, "leave it out: samples are padded"),
+    "eval_packing": (False, "leave it out: the loss of padded samples is the same"),
+    "padding_free": (False, 'use "packing": true, whose rows have no padding'),
     "chat_template_path": ("", "leave it out: the family's own rendering writes conversations"),
     "eos_token": ("", "leave it out: answers end in the family's own end-of-turn token"),
     "pad_token": ("", "leave it out: the tokenizer's own pad token is used"),
@@ -93,14 +92,13 @@ NO_EFFECT: dict[str, str] = {
     "pad_token": "the tokenizer's own pad token is used",
     "remove_unused_columns": _COLLATOR,
     "dataset_kwargs": _COLLATOR,
-    "dataset_num_proc": _COLLATOR,
+    "dataset_num_proc": "every core takes part in preparing the data",
     "shuffle_dataset": "train_sampling_strategy decides the order",
     "truncation_mode": "samples are cut at their end, never through an image",
     "pad_to_multiple_of": "samples are padded to the longest of their batch",
-    "packing_strategy": "samples are padded",
-    "packing": "samples are padded",
-    "eval_packing": "samples are padded",
-    "padding_free": "samples are padded",
+    "packing_strategy": "rows are filled by best fit with whole samples",
+    "eval_packing": "samples are padded for an evaluation",
+    "padding_free": "rows have no padding with packing, and samples are padded without it",
     "save_safetensors": "weights are always saved as safetensors",
     "logging_dir": f"{_GONE}; set the environment variable TENSORBOARD_LOGGING_DIR",
     "use_mps_device": _GONE,

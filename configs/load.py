@@ -88,13 +88,33 @@ def _check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
             "keep one: base_learning_rate is scaled to the batch, learning_rate is used as it is",
         )
     order = values.get("train_sampling_strategy", "random")
-    for key in ("streaming", "mix"):
-        if values.get(key) and order != "random":
+    for key in ("streaming", "mix", "packing"):
+        drawn = ("random", "group_by_length") if key == "mix" else ("random",)
+        if values.get(key) and order not in drawn:
             raise ConfigError(
                 f"{sources['train_sampling_strategy']}, train_sampling_strategy",
                 f'"{order}" does not go with {key}, which has an order of its own',
                 f"leave train_sampling_strategy or {key} out",
             )
+    for key in ("packing_length", "packing_max_patches"):
+        if values.get(key) is not None and not values.get("packing"):
+            raise ConfigError(
+                f"{sources[key]}, {key}",
+                "is given, but nothing is packed",
+                f'add "packing": true, or leave {key} out',
+            )
+    if values.get("packing") and values.get("base_learning_rate") is not None:
+        raise ConfigError(
+            f"{sources['base_learning_rate']}, base_learning_rate",
+            "is scaled by the samples of a batch, and with packing a batch is counted in rows",
+            "give learning_rate",
+        )
+    if values.get("streaming") and values.get("packing"):
+        raise ConfigError(
+            f"{sources['packing']}, packing",
+            "rows are planned from the lengths of all samples, which a stream does not know",
+            "leave streaming or packing out",
+        )
     if values.get("streaming") and values.get("mix"):
         raise ConfigError(
             f"{sources['mix']}, mix",
@@ -307,6 +327,11 @@ def _translate(layer: dict[str, Any], key: str, source: str) -> tuple[dict[str, 
     if key in SWITCHES:
         name, if_true, if_false = SWITCHES[key]
         on = _read(layer, key, "bool", source)
+        shuffled = "dataloader_shuffle" not in layer or _read(
+            layer, "dataloader_shuffle", "bool", source
+        )
+        if key == "group_by_length" and not on and (name in layer or not shuffled):
+            return {}, f"{key} false has no effect: another order is given"
         value = if_true if on else if_false
         if value is None:
             return {}, f"{key} {json.dumps(on)} has no effect: it is the default"

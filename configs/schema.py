@@ -10,6 +10,7 @@ from typing import Any
 from ..core.errors import ConfigError
 from .adapter import AdapterConfig
 from .coercion import check_choices
+from .recompute import parse_recompute
 from .train_modules import parse_train_modules
 
 _PIXELS_448 = 448 * 448
@@ -39,7 +40,8 @@ class ModelConfig:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "Attention kernel by its transformers name; null lets transformers pick."
+            "help": "Attention kernel by its transformers name; null lets transformers pick, and "
+            "with packing is packed, which attends inside each sample."
         },
     )
     torch_dtype: str = field(
@@ -112,6 +114,14 @@ class LoopConfig:
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "By how much an evaluation must be better to count."}
     )
+    recompute: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the backward pass computes again to save memory: none, selective (all "
+            'but matrix products and attention) or full, for both towers or each, "llm:full|'
+            'visual_tokenizer:none"; null leaves it to gradient_checkpointing.'
+        },
+    )
     max_empty_batches: int = field(
         default=10,
         metadata={
@@ -121,6 +131,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.recompute is not None:
+            parse_recompute(self.recompute)
         if self.base_learning_rate is not None and self.base_learning_rate <= 0:
             raise ConfigError(
                 "base_learning_rate", f"{self.base_learning_rate} is not above 0", "give 1e-5"
@@ -238,11 +250,37 @@ class DataConfig:
             "choices": ("every_turn", "last_turn", "as_is"),
         },
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put whole samples side by side into rows of packing_length tokens, without "
+            "attention between them, instead of padding each; per_device_train_batch_size then "
+            "counts rows."
+        },
+    )
+    packing_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a packed row; null is multimodal_max_length."},
+    )
+    packing_max_patches: int | None = field(
+        default=None,
+        metadata={
+            "help": "Visual patches of a packed row at most; null leaves them to packing_length."
+        },
+    )
+    jpeg_draft: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode a JPEG at the smallest of its scales that is large enough: faster and "
+            "smaller in memory, but the pixels differ a little."
+        },
+    )
     on_bad_sample: str = field(
         default="error",
         metadata={
             "help": "A bad sample ends the run before training (error) or is left out and "
-            "listed with its reason (skip).",
+            "listed with its reason (skip). With error, a JPEG that is broken inside is found when "
+            "it is first trained on; skip decodes every file once to find it.",
             "choices": ("error", "skip"),
         },
     )
@@ -264,9 +302,12 @@ class DataConfig:
             "min_frames",
             "max_frames",
             "shuffle_buffer",
+            "packing_length",
+            "packing_max_patches",
         ):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, f"{getattr(self, key)} is below 1", "give 1 or more")
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(key, f"{value} is below 1", "give 1 or more")
         if self.max_frames < self.min_frames:
             raise ConfigError(
                 "max_frames",

@@ -2,11 +2,15 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from .errors import VLMTuneError
 
 T = TypeVar("T")
+
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""Of a container: microseconds of CPU time, or "max", and the period they are for (cgroup v2)."""
 
 
 def rank() -> int:
@@ -23,6 +27,19 @@ def world_size() -> int:
 
 def launched_by_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, and no more than its container's share of time fills."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1  # not on Linux
+    try:
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+    except (OSError, ValueError):  # no limit
+        return cores
+    return max(1, min(cores, quota // period))
 
 
 def watched_by_torchrun() -> bool:

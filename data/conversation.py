@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +62,15 @@ class Conversation:
         return f'{self.source}, record {self.record} (id "{self.id}"), {place}'
 
     def to_row(self) -> dict[str, Any]:
-        """Columns for Arrow. None is called `image` or `images`: TRL takes such a dataset over."""
-        row = asdict(self)
-        row["image_files"], row["frame_files"] = row.pop("images"), row.pop("frames")
-        row["video_file"] = row.pop("video")
-        return row
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> "Conversation":
-        return cls(
-            id=row["id"],
-            turns=[Turn(**turn) for turn in row["turns"]],
-            images=row["image_files"],
-            video=row["video_file"],
-            frames=row["frame_files"],
-            source=row["source"],
-            record=row["record"],
-        )
+        """Its columns in a prepared dataset; the turns are there as ids."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "record": self.record,
+            "image_files": self.images,
+            "video_file": self.video,
+            "frame_files": self.frames,
+        }
 
 
 def parse_conversation(

@@ -1,10 +1,12 @@
 """Opening images and videos, with errors that name the record, and their pixel limits."""
 
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -14,6 +16,9 @@ from .tables import REFERENCE, read_image
 
 # From twice this warning's limit on (179 million pixels) Pillow refuses an image, and so do we.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+JPEGS, JPEG_END = ("JPEG", "MPO"), b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -91,18 +96,48 @@ def decode(image: Image.Image, path: str, where: str) -> Image.Image:
     return image
 
 
-def check_image(path: str, where: str) -> tuple[int, int]:
-    """Height and width, after decoding once to see that the file is whole.
+def check_image(path: str, where: str, decode_whole: bool = False) -> tuple[int, int]:
+    """Height and width from the header of a whole file.
+
+    Args:
+        decode_whole: Decode also a file that shows that it is whole: it may be broken inside.
 
     Raises:
         DataError: as `open_image` and `decode`.
     """
     with open_image(path, where) as image:
         size = image.height, image.width
+        whole = _is_whole(image)
+    if whole and not decode_whole:
+        return size
+    with open_image(path, where) as image:
         # A JPEG is read to its end but built at an eighth of its size.
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         decode(image, path, where)
+        # Zeros, which a file system leaves at the end, are decoded as grey.
+        if image.format in JPEGS and not whole:
+            raise _bad(where, path, "is corrupt: it has no end", "replace or remove it")
     return size
+
+
+def _is_whole(image: Image.Image) -> bool:
+    """Whether an opened file shows that nothing is missing: a JPEG by its end, a PNG by its
+    checksums. Other formats do not."""
+    file: Any = getattr(image, "fp", None)
+    try:
+        if image.format in JPEGS:
+            pixels = file.tell()
+            file.seek(-2, os.SEEK_END)
+            if file.read() == JPEG_END:
+                return True
+            file.seek(pixels)  # something may follow the end
+            return JPEG_END in file.read()
+        if image.format == "PNG":
+            image.verify()
+            return True
+    except Exception:  # `decode` will tell
+        pass
+    return False
 
 
 def frame_indices(total: int, min_frames: int, max_frames: int) -> list[int]:
@@ -134,23 +169,24 @@ def check_video(path: str, where: str) -> tuple[int, int, int]:
         return frames, codec.height, codec.width
 
 
-def read_video(path: str, where: str, indices: Sequence[int]) -> list[Image.Image]:
-    """The frames at `indices`, in order; an index may repeat.
+def read_video(path: str, where: str, indices: Sequence[int]) -> Iterator[Image.Image]:
+    """The frames at `indices`, each decoded when it is asked for.
+
+    Args:
+        indices: They may repeat and do not fall.
 
     Raises:
         DataError: as `check_video`, or the video is shorter than announced.
     """
-    wanted, found = set(indices), {}
     with _video(path, where) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                found[index] = frame.to_image()
-            if len(found) == len(wanted):
-                break
-    if len(found) < len(wanted):
-        missing = min(wanted - set(found))
-        raise _bad(where, path, f"ends before frame {missing}", "replace or remove it")
-    return [found[index] for index in indices]
+        frames, position, frame = container.decode(video=0), -1, None
+        for index in indices:
+            if index > position:
+                frame = next(islice(frames, index - position - 1, None), None)
+                position = index
+            if frame is None:
+                raise _bad(where, path, f"ends before frame {index}", "replace or remove it")
+            yield frame.to_image()
 
 
 @contextmanager

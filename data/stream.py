@@ -1,8 +1,8 @@
-"""Micro-batches of records that are read, checked and measured while training."""
+"""Micro-batches of records that are read, checked and encoded while training."""
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..core.errors import DataError
 from .conversation import Conversation, Turn, record_id
-from .dataset import FEATURES, CheckFiles, Measure, NothingToLearn, ledger_entry, sample_row
+from .dataset import FEATURES
+from .preparation import NothingToLearn, ledger_entry, require_learnable
 from .sources import Source
 
 Slot = tuple[int, Source, int, Any]
@@ -33,6 +34,7 @@ class RecordStream(IterableDataset):
     tokens.
 
     Attributes:
+        row: The row of a conversation; raises DataError for a bad file.
         batch: Records of a micro-batch.
         shuffle_buffer: Records the next one is drawn from; 1 keeps the order of the sources.
         skip_bad: Leave bad records out, instead of raising the first that is met.
@@ -41,8 +43,7 @@ class RecordStream(IterableDataset):
     """
 
     sources: Sequence[Source]
-    check_files: CheckFiles
-    measure: Measure
+    row: Callable[[Conversation], dict[str, Any]]
     batch: int
     seed: int
     shuffle_buffer: int
@@ -70,9 +71,8 @@ class RecordStream(IterableDataset):
     def for_host(self) -> datasets.IterableDataset:
         """What a host that asks for a dataset of `datasets` may look at: the columns and one empty
         row, for which nothing is read."""
-        return datasets.IterableDataset.from_generator(
-            lambda: iter([_blank("", "", 0)]), features=FEATURES
-        )
+        blank = self._blank("", "", 0)
+        return datasets.IterableDataset.from_generator(lambda: iter([blank]), features=FEATURES)
 
     def _slots(self, start: int) -> Iterator[Slot]:
         """The endless order from its `start`-th record on. Behind the first pass, whose length
@@ -111,8 +111,9 @@ class RecordStream(IterableDataset):
         for number, source, index, record in slots:
             try:
                 conversation = source.parse(index, record)
-                sizes = self.check_files(conversation)
-                rows.append(sample_row(conversation, sizes, self.measure))
+                row = self.row(conversation)
+                require_learnable(conversation, row)
+                rows.append(row)
             except DataError as error:
                 if not self.skip_bad and not isinstance(error, NothingToLearn):
                     raise
@@ -121,16 +122,14 @@ class RecordStream(IterableDataset):
         if rows:
             return rows
         _, source, index, record = slots[0]
-        return [_blank(record_id(record, index), source.path, index)]
+        return [self._blank(record_id(record, index), source.path, index)]
+
+    def _blank(self, identity: str, source: str, record: int) -> dict[str, Any]:
+        """A row that carries no loss: the tokens around an empty question."""
+        return self.row(Conversation(identity, [Turn("user", "")], source=source, record=record))
 
     def _leave_out(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         self.ledger.parent.mkdir(parents=True, exist_ok=True)
         with self.ledger.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
-
-
-def _blank(identity: str, source: str, record: int) -> dict[str, Any]:
-    """A row that carries no loss."""
-    conversation = Conversation(identity, [Turn("user", "")], source=source, record=record)
-    return {**conversation.to_row(), "length": 0, "trained_tokens": 0}

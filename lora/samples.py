@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from ..collators.rendering import Thinking
-from ..collators.sample import SampleEncoder
+from ..collators.sample import SampleEncoder, grids_of
 from ..configs.schema import DataConfig
 from ..core.checkpoints import RUN_FILE
 from ..core.errors import DataError, ModelError
@@ -115,11 +115,15 @@ def run_settings(data: str, adapter: Path, image_folder: str | None) -> DataConf
 
 
 def _inputs(encoder: SampleEncoder, conversation: Conversation) -> Sample:
-    sample = encoder.load(conversation)
-    inputs: Sample = {"input_ids": torch.tensor([sample.encoded.ids])}
-    if sample.patches:
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate(sample.patches))
-        inputs["grid_thws"] = torch.tensor(sample.grids)
+    row = encoder.row(conversation)
+    ids, _ = encoder.ids_and_labels(row)
+    inputs: Sample = {"input_ids": torch.from_numpy(ids)[None]}
+    if row["patches"]:
+        images = encoder.processor.image_processor
+        pixels = np.empty((row["patches"], images.features), np.uint8)
+        encoder.write_pixels(row, pixels)
+        inputs["pixel_values"] = images.normalise(torch.from_numpy(pixels))
+        inputs["grid_thws"] = torch.tensor(grids_of(row))
     return inputs
 
 

@@ -110,7 +110,7 @@ def _check_continued(
     if config.loop.trainer == "trl" and on_head and on_head.low_rank:
         raise ConfigError(
             "adapter_path",
-            f"its adapter sits on the output head {head}, past which TRL computes the loss",
+            f"its adapter sits on the output head {head}, which TRL refuses",
             'use "trainer": "standard"',
         )
     if settings.load_in_8bit and begun.config.use_dora:

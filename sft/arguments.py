@@ -15,9 +15,11 @@ from transformers import TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 
 from ..configs.schema import RunConfig
-from ..core.distributed import launched_by_torchrun, world_size
+from ..core.distributed import launched_by_torchrun, usable_cores, world_size
 from ..core.errors import ConfigError
 from ..core.logging import note
+
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def training_arguments(config: RunConfig) -> SFTConfig:
@@ -63,6 +65,14 @@ def training_arguments(config: RunConfig) -> SFTConfig:
     quantized = bool(adapter.use_lora) and (adapter.load_in_4bit or adapter.load_in_8bit)
     _check_deepspeed(given, quantized)
     _check_unsupported(given)
+    if config.loop.recompute is not None:
+        for key in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            if given.pop(key, None) is not None:
+                note(f"{key} has no effect: recompute is given")
+        given["gradient_checkpointing"] = False
+    # compile_layers does it: the host would compile the whole model, under other tensor names.
+    for key in COMPILE_KEYS:
+        given.pop(key, None)
     dtype = config.model.torch_dtype
     half = dtype if dtype in ("bfloat16", "float16") else None
     if half:
@@ -70,6 +80,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
             f"torch_dtype {dtype}: the model computes in it; weights are kept in float32, "
             "under DeepSpeed only until they are saved"
         )
+    workers = given.get("dataloader_num_workers", _loader_processes())
     defaults = {
         "use_cpu": cpu,
         "bf16": (not cpu or half == "bfloat16") and half != "float16" and not given.get("fp16"),
@@ -79,6 +90,9 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         # Other processes wait this long, in seconds, while the first checks the data.
         "ddp_timeout": 4 * 3600,
         "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+        "train_sampling_strategy": "group_by_length",
         # Every rank runs every trainable part (Ovis2_5._vision_must_run), so DDP need not search.
         "ddp_find_unused_parameters": False,
     }
@@ -108,6 +122,7 @@ def training_arguments(config: RunConfig) -> SFTConfig:
             args = SFTConfig(**{**defaults, **given, **required})
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
+    _check_four_bits(config, args)
     if config.loop.base_learning_rate and config.loop.base_batch_size:
         scale = math.sqrt(global_batch(args) / config.loop.base_batch_size)
         args.learning_rate = config.loop.base_learning_rate * scale
@@ -129,6 +144,12 @@ def training_arguments(config: RunConfig) -> SFTConfig:
 def global_batch(args: TrainingArguments) -> int:
     """Samples of an optimizer step: per device x accumulation x processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+
+
+def _loader_processes() -> int:
+    """One less than the cores of a process, 1 to 4."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, usable_cores() // processes - 1))
 
 
 def _keep_the_best(config: RunConfig, given: dict[str, Any]) -> None:
@@ -169,7 +190,7 @@ def _keep_the_best(config: RunConfig, given: dict[str, Any]) -> None:
 
 def _check_deepspeed(given: dict[str, Any], quantized: bool) -> None:
     """Raises ConfigError for a DeepSpeed file that cannot be read, builds the optimizer itself,
-    saves no weights, or would split quantised ones."""
+    saves no weights, or would split quantised or compiled ones."""
     settings = given.get("deepspeed")
     if isinstance(settings, str):
         try:
@@ -199,6 +220,12 @@ def _check_deepspeed(given: dict[str, Any], quantized: bool) -> None:
             "is 3, and ZeRO-3 cannot split weights of 4 or 8 bits",
             "use configs/zero/zero2.json, or leave load_in_4bit and load_in_8bit out",
         )
+    if zero.get("stage") == 3 and any(given.get(key) for key in COMPILE_KEYS):
+        raise ConfigError(
+            "deepspeed, zero_optimization.stage",
+            "is 3, and torch_compile would compile each layer in pieces between its gatherings",
+            "use configs/zero/zero2.json, or leave torch_compile out",
+        )
     gathers = "stage3_gather_16bit_weights_on_model_save"
     if zero.get("stage") == 3 and not zero.get(gathers):
         raise ConfigError(
@@ -225,9 +252,39 @@ def _check_unsupported(given: dict[str, Any]) -> None:
             f'"{given["hub_strategy"]}" would push unfinished models',
             'leave it out: the finished model is pushed ("end")',
         )
+    order = given.get("train_sampling_strategy", "random")
+    if order not in ("random", "sequential", "group_by_length"):
+        raise ConfigError(
+            "train_sampling_strategy",
+            f'"{order}" is an order of the host, which our batches do not follow',
+            "use group_by_length, which puts similar lengths side by side, or packing, whose rows "
+            "cost every process the same",
+        )
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if given.get(key, 1) < 1:
+            raise ConfigError(key, f"is {given[key]}", "give 1 or more")
     for key in ("max_steps", "num_train_epochs"):
         if given.get(key) == 0 and given.get("do_train", True):
             raise ConfigError(key, "is 0, so nothing would be trained", "give a number above 0")
+
+
+def _check_four_bits(config: RunConfig, args: SFTConfig) -> None:
+    """Raises ConfigError where 4-bit layers would multiply in another type than without `selective`
+    or `torch_compile`: those run bitsandbytes' products outside of autocast, which elsewhere casts
+    their inputs (bitsandbytes 0.50)."""
+    compute = config.adapter.bnb_4bit_compute_dtype
+    cast = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    changed = "selective" in (config.loop.recompute or "") or any(
+        config.training.get(key) for key in COMPILE_KEYS
+    )
+    if config.adapter.load_in_4bit and changed and cast and compute not in (None, cast):
+        raise ConfigError(
+            "bnb_4bit_compute_dtype",
+            f"is {compute} in a {cast} run, and recompute: selective or torch_compile would change "
+            "the losses",
+            f"leave it out or give {cast}, or set recompute to none or full and torch_compile to "
+            "false",
+        )
 
 
 def host_refusal(error: Exception) -> ConfigError:

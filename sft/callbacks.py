@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.distributed import watched_by_torchrun
 from ..core.errors import ConfigError
 from ..core.logging import say
+from .isolation import check_isolation, probe_samples
 from .modules import GradientNorms, TrainedModule, base_optimizer, table
 
 LOG_FILE = "log.jsonl"
@@ -128,6 +129,19 @@ class GradientReport(TrainerCallback):
     def _stop_looking(self) -> None:
         self._hook.remove()
         self._hook = None
+
+
+class IsolationProbe(TrainerCallback):
+    """Before the first step: raises ModelError for a model that mixes the samples of a row."""
+
+    def __init__(self, trainer: Trainer, images: bool):
+        self.trainer, self.images = trainer, images
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ):
+        samples = probe_samples(self.trainer.processing_class, self.images)
+        check_isolation(kwargs["model"], samples, self.trainer.accelerator.autocast())
 
 
 class StopOnSignal(TrainerCallback):

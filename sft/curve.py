@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     """Training and evaluation losses over optimizer steps; nothing where none was logged."""
+    from matplotlib.figure import Figure  # half a second that no run waits for at its start
+
     names = sorted({key for entry in history for key in entry if _is_loss(key)})
     if not names:
         return

@@ -122,8 +122,7 @@ def record_stream(
             raise DataError(source.path, "there is no record.", "add records, or leave it out.")
     return RecordStream(
         sources,
-        encoder.check_files,
-        encoder.measure,
+        encoder.row,
         batch=args.per_device_train_batch_size,
         seed=seed_of(args),
         shuffle_buffer=config.data.shuffle_buffer,
@@ -142,13 +141,18 @@ def sample_encoder(config: RunConfig, processor: Ovis2_5Processor) -> SampleEnco
         multimodal_max_length=data.multimodal_max_length,
         text_max_length=data.text_max_length,
         thinking=cast(Thinking, data.thinking),
+        jpeg_draft=data.jpeg_draft,
+        decode_files=data.on_bad_sample == "skip",
     )
 
 
 def prepare(config: RunConfig, sources: Sequence[Source], encoder: SampleEncoder) -> PreparedData:
     processor = encoder.processor
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["truncation"], tokenizer["padding"]  # encoding resets them
     settings = {
-        "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
+        "tokenizer": tokenizer,
+        "split_special_tokens": processor.tokenizer.split_special_tokens,
         "image_processor": processor.image_processor.to_dict(),
         "limits": asdict(encoder.limits),
         "lengths": [encoder.multimodal_max_length, encoder.text_max_length],
@@ -158,7 +162,7 @@ def prepare(config: RunConfig, sources: Sequence[Source], encoder: SampleEncoder
     return prepare_dataset(
         sources,
         check_files=encoder.check_files,
-        measure=encoder.measure,
+        encode=encoder.columns,
         skip_bad=config.data.on_bad_sample == "skip",
         fingerprint=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     )

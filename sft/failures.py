@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from ..core.distributed import rank
 from ..core.errors import TrainingError
 
+NAMED = 8
+"""Samples of a batch that a message names."""
 _MEMORY = ("out of memory", "can't allocate memory")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FREE_SPACE = "free space or lower save_total_limit, then go on with --resume_from_checkpoint auto"
@@ -28,8 +30,9 @@ def explained(error: Exception, step: int, batch: str) -> TrainingError | None:
         return TrainingError(
             where,
             f"out of memory: {_first_line(error)}",
-            "halve per_device_train_batch_size and double gradient_accumulation_steps, or lower "
-            "multimodal_max_length and the pixel limits; docs/zero.md tells what ZeRO saves",
+            "halve per_device_train_batch_size and double gradient_accumulation_steps, lower "
+            "packing_length, multimodal_max_length or the pixel limits, or set recompute to full; "
+            "docs/zero.md tells what ZeRO saves",
         )
     if "dataloader worker" in text:
         return TrainingError(
@@ -77,7 +80,10 @@ def unwritable(folder: Path, what: str) -> Iterator[None]:
 def batch_in_words(ids: list[str], batch: dict[str, Any]) -> str:
     rows, tokens = batch["input_ids"].shape
     pixels = batch["pixel_values"].numel() // 3 if "pixel_values" in batch else 0
-    return f"samples {', '.join(ids) or 'none'} ({rows} x {tokens} tokens, {pixels:,} pixels)"
+    named = ", ".join(ids[:NAMED]) or "none"
+    if len(ids) > NAMED:
+        named += f" and {len(ids) - NAMED} more"
+    return f"samples {named} ({rows} x {tokens} tokens, {pixels:,} pixels)"
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,9 @@ LAST = ("config.json", ADAPTER_CONFIG)
 
 LEDGER_FILE = "bad_samples.jsonl"
 ADAPTER_KEYS = [f.name for f in fields(AdapterConfig)]
+ORDER_DEFAULTS = {"packing": False, "packing_length": None, "packing_max_patches": None}
+LENGTH_KEYS = ("multimodal_max_length", "text_max_length")
+HOST_ORDER_KEYS = ("train_sampling_strategy", "seed", "data_seed")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -85,11 +88,11 @@ def remove_checkpoints(folder: Path) -> None:
 
 def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> None:
     """Whether this run continues the one that wrote the checkpoint: steps count samples by the
-    global batch, and optimizer states belong to modules and to an engine.
+    global batch and the order of an epoch, and optimizer states belong to modules and to an engine.
 
     Raises:
-        ConfigError: it was written with another batch, engine, `train_modules` or adapters, or
-            without optimizer states.
+        ConfigError: it was written with another batch, order, engine, `train_modules` or
+            adapters, or without optimizer states.
     """
     states = list(checkpoint.glob("global_step*" if args.deepspeed else "optimizer.pt"))
     if not states:
@@ -117,12 +120,19 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
             "DeepSpeed needs the same number",
         )
     resolved = config.to_dict()
-    for key in ("train_modules", *FREEZES, *ADAPTER_KEYS):
-        before, now = written["config"].get(key, resolved[key]), resolved[key]
-        if before != now:
+    now = {key: resolved[key] for key in ("train_modules", *FREEZES, *ADAPTER_KEYS, *LENGTH_KEYS)}
+    then = {**now, **written["config"]}
+    now |= {key: resolved[key] for key in ORDER_DEFAULTS}
+    then = {**ORDER_DEFAULTS, **then}
+    if not config.data.streaming:
+        host = args.to_dict()
+        now |= {key: host[key] for key in HOST_ORDER_KEYS}
+        then |= {key: written["training_arguments"][key] for key in HOST_ORDER_KEYS}
+    for key, value in now.items():
+        if then[key] != value:
             raise _other(
                 checkpoint,
-                f"was written with {key} {json.dumps(before)}, this run has {json.dumps(now)}",
+                f"was written with {key} {json.dumps(then[key])}, this run has {json.dumps(value)}",
                 f"give the same {key}",
             )
 

@@ -36,9 +36,10 @@ class Speed:
             yield batch
 
     def count(self, batch: dict[str, Any], samples: int) -> None:
-        mask = batch["attention_mask"]
-        self.tokens += int(mask.sum())
-        self.positions += mask.numel()
+        positions = batch["input_ids"].numel()
+        mask = batch.get("attention_mask")  # packed rows have none, and no padding
+        self.tokens += positions if mask is None else int(mask.sum())
+        self.positions += positions
         self.samples += samples
 
     @contextmanager

@@ -1,5 +1,6 @@
 """One training run: `vlmtune train config.json --key value`, alone or under torchrun."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,27 @@ from transformers import AutoConfig, AutoProcessor, Trainer, TrainerState, set_s
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 
+from ..configs.recompute import parse_recompute
 from ..configs.schema import RunConfig
 from ..core.checkpoints import ADAPTER_CONFIG, RESUMABLE
-from ..core.distributed import main_process_first, of_first_process, rank
+from ..core.distributed import main_process_first, of_first_process, rank, world_size
 from ..core.errors import ConfigError, ModelError
 from ..core.logging import note, say
 from ..lora.checkpoint import Checkpoint
 from ..lora.quantization import keep_unpacked
 from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
+from ..models.attention import packing_attention
 from ..models.ovis2_5.build import ensure_base
 from .adapters import AdapterPlan, apply_adapters, plan_adapters
-from .arguments import host_refusal, training_arguments
+from .arguments import COMPILE_KEYS, host_refusal, training_arguments
+from .batches import train_batches
 from .callbacks import FreshAdam, JsonLinesLog, StopOnSignal
 from .data import RunData, load_data
 from .modules import apply_train_modules
 from .output import check_output_dir, check_resumable, remove_checkpoints, save_finished
 from .plan import banner
+from .recompute import apply_recompute, compile_layers, recompute_line
+from .rows import check_rows, plan_rows
 from .trainer import make_trainer
 
 
@@ -38,6 +44,8 @@ def run(config: RunConfig) -> None:
     """
     for line in config.notes:
         note(line)
+    # Texts are tokenized one at a time; with threads, tokenizers warns when loaders are forked.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = training_arguments(config)
     stop = StopOnSignal()
     folder = Path(args.output_dir or ".")
@@ -59,20 +67,32 @@ def run(config: RunConfig) -> None:
             plan = plan_adapters(base, config, frozen_dtype(args))
             facts = plan.facts(base)
         data = main_process_first(lambda: load_data(config, args, processor))
-        packing = quantized(config, args, base, plan) if base and plan else {}
-        model = load_model(config, frozen_dtype(args) if plan else "float32", **packing)
+        if config.data.packing and training:
+            check_rows(config, data)
+        bits = quantized(config, args, base, plan) if base and plan else {}
+        model = load_model(config, frozen_dtype(args) if plan else "float32", **bits)
         check_positions(model, data)
         if plan:
             set_seed(args.seed)  # new adapters start at random, the same on every rank
             model, modules = apply_adapters(model, config, plan, args.learning_rate)
         else:
             modules = apply_train_modules(model, config.model, args.learning_rate)
+        if config.loop.recompute:
+            apply_recompute(model, parse_recompute(config.loop.recompute))
+        batches = None
+        if data.train is not None:
+            packed = config.data.packing and training
+            packing = plan_rows(config, model, data) if packed else None
+            batches = train_batches(args, data, packing, rank(), world_size())
         try:
+            switch, backend, mode = (config.training.get(key) for key in COMPILE_KEYS)
+            if switch or backend or mode:
+                compile_layers(model, backend or "inductor", mode)
             callbacks = [JsonLinesLog(), FreshAdam(), stop]
-            trainer = make_trainer(config, model, args, data, modules, callbacks, facts)
+            trainer = make_trainer(config, model, args, data, batches, modules, callbacks, facts)
         except (ValueError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
-        say(banner(config, args, model, modules, data))
+        say(banner(config, args, model, modules, data, batches))
         if training:
             if not checkpoint and rank() == 0:
                 remove_checkpoints(folder)
@@ -84,6 +104,11 @@ def run(config: RunConfig) -> None:
                 say("Go on with: --resume_from_checkpoint auto")
                 _leave_the_group()
                 raise SystemExit(RESUMABLE)
+            if config.loop.recompute:
+                policies = parse_recompute(config.loop.recompute)
+                begun = steps_done(checkpoint) if checkpoint else 0
+                history = [e for e in trainer.state.log_history if e["step"] > begun]
+                say(recompute_line(policies, history))
             save_finished(trainer, model, config, facts)
             say(f"Saved the {'adapter' if plan else 'model'} to {folder.resolve()}")
         if data.evaluation and config.training.get("do_eval", True):
@@ -201,14 +226,16 @@ def quantized(
     return {"quantization_config": settings, "device_map": {"": args.device}}
 
 
-def load_model(config: RunConfig, dtype: str, **packing: Any) -> Ovis2_5:
-    """The model in `dtype`; `packing` is passed on to `from_pretrained`.
+def load_model(config: RunConfig, dtype: str, **bits: Any) -> Ovis2_5:
+    """The model in `dtype`; `bits` is passed on to `from_pretrained`.
 
     Raises:
         ModelError: weights are missing, broken or of another shape.
     """
     settings, attention = config.model, config.model.attn_implementation
-    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+    if config.data.packing:
+        attention = packing_attention(attention)
+    elif attention == "flash_attention_2" and not is_flash_attn_2_available():
         note("attn_implementation is sdpa: flash-attn 2 is not installed, or there is no GPU")
         attention = "sdpa"
     try:
@@ -217,7 +244,7 @@ def load_model(config: RunConfig, dtype: str, **packing: Any) -> Ovis2_5:
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
-            **packing,
+            **bits,
         )
         model, info = loaded
         if missing := sorted(info["missing_keys"]):

@@ -17,15 +17,17 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ..collators.packed import PackedCollator
 from ..collators.padded import PaddedCollator
 from ..collators.rendering import IGNORE_INDEX
 from ..configs.schema import RunConfig
 from ..core.distributed import rank, world_size
 from ..core.errors import ConfigError, DataError, VLMTuneError
-from .batches import EpochBatches, EpochLoader, Order, Rows, grouped_by_length, sequential, shuffled
-from .callbacks import GradientReport
+from .batches import EpochBatches, EpochLoader, Rows, evaluation_batches, outlive_the_step
+from .callbacks import GradientReport, IsolationProbe
 from .data import RunData, seed_of
 from .failures import batch_in_words, explained, unwritable
+from .heads import use_supervised_head
 from .modules import TrainedModule, parameter_groups
 from .output import PARTIAL, describe_run
 from .speed import Speed
@@ -40,11 +42,13 @@ class VLMTrainerMixin(Trainer):
         *,
         config: RunConfig,
         data: RunData,
+        batches: EpochBatches | None,
         modules: list[TrainedModule],
         facts: dict[str, Any],
         **kwargs: Any,
     ):
         self.config, self.data, self.modules, self.facts = config, data, modules, facts
+        self.batches = batches
         self.speed = Speed()
         has_images = data.train is None or data.train.has_images
         self.gradients = GradientReport(modules, has_images)
@@ -54,7 +58,10 @@ class VLMTrainerMixin(Trainer):
         self._checkpoint_root: Path | None = None
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         super().__init__(**kwargs)
+        use_supervised_head(kwargs["model"])
         self.add_callback(self.gradients)
+        if config.data.packing:
+            self.add_callback(IsolationProbe(self, has_images))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if isinstance(self.optimizer, Optimizer):
@@ -107,43 +114,19 @@ class VLMTrainerMixin(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if stream := self.data.stream:
             return DataLoader(stream, batch_size=None, **self._loading())
-        assert self.data.train is not None
-        if self.args.train_sampling_strategy == "batch_rebalance":
-            return super().get_train_dataloader()
-        dataset = self.data.train.dataset
-        batches = EpochBatches(
-            self._order(dataset),
-            len(dataset),
-            len(self.data.sampler or dataset),
-            self.args.per_device_train_batch_size,
-            rank(),
-            world_size(),
-            self.args.dataloader_drop_last,
-        )
-        return EpochLoader(Rows(dataset), batch_sampler=batches, **self._loading())
-
-    def _order(self, dataset: Dataset) -> Order:
-        args, size, seed = self.args, len(dataset), seed_of(self.args)
-        if sampler := self.data.sampler:
-
-            def mixed(epoch: int) -> Iterator[int]:
-                sampler.set_epoch(epoch)
-                return iter(sampler)
-
-            return mixed
-        if args.train_sampling_strategy == "sequential":
-            return sequential(size)
-        if args.train_sampling_strategy == "group_by_length":
-            step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-            return grouped_by_length(dataset["length"][:], step * world_size(), seed)
-        return shuffled(size, seed)
+        assert self.data.train is not None and self.batches is not None
+        loading = self._loading()
+        if self.config.data.packing:
+            loading["collate_fn"] = PackedCollator(self.data.encoder)
+        rows = Rows(self.data.train.dataset)
+        return EpochLoader(rows, batch_sampler=self.batches, **loading)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         dataset = eval_dataset
         if not isinstance(dataset, Dataset):
             dataset = self.data.evaluation[dataset or ""].dataset
-        size, batch = len(dataset), self.args.per_device_eval_batch_size
-        batches = EpochBatches(sequential(size), size, size, batch, rank(), world_size(), False)
+        batch = self.args.per_device_eval_batch_size
+        batches = evaluation_batches(dataset, batch, rank(), world_size())
         # Evaluation data stays the same, so workers need not outlive the pass.
         loading = {**self._loading(), "persistent_workers": False}
         return EpochLoader(Rows(dataset), batch_sampler=batches, **loading)
@@ -158,9 +141,18 @@ class VLMTrainerMixin(Trainer):
             "multiprocessing_context": args.dataloader_multiprocessing_context,
             "prefetch_factor": args.dataloader_prefetch_factor,
             "in_order": args.dataloader_in_order,
+            "worker_init_fn": outlive_the_step,
             # Its own, so that loading draws nothing from the generator that a resume restores.
-            "generator": torch.Generator(),
+            "generator": torch.Generator().manual_seed(seed_of(args)),
         }
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, with patches as the model takes them: they travel as bytes."""
+        inputs = super()._prepare_inputs(inputs)  # type: ignore[arg-type, assignment]
+        if "pixel_values" in inputs:
+            image_processor = self.data.encoder.processor.image_processor
+            inputs["pixel_values"] = image_processor.normalise(inputs["pixel_values"])
+        return inputs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -329,10 +321,10 @@ class VLMTrainerMixin(Trainer):
 
 
 class VLMSFTTrainer(VLMTrainerMixin, SFTTrainer):
-    """TRL's trainer with its fused head and token metrics, on batches of our collator.
+    """TRL's trainer with its token metrics, on batches of our collator.
 
     `SFTConfig` must carry `skip_prepare_dataset` and `remove_unused_columns=False`, as
-    `sft.arguments.training_arguments` sets them: the rows are tokenized by the collator.
+    `sft.arguments.training_arguments` sets them: the rows are tokenized already.
     """
 
     def __init__(self, *, model: nn.Module, **kwargs: Any):
@@ -345,7 +337,7 @@ class VLMSFTTrainer(VLMTrainerMixin, SFTTrainer):
 
 
 class VLMTrainer(VLMTrainerMixin):
-    """transformers' own trainer on the same batches; the loss is the model's."""
+    """transformers' own trainer on the same batches."""
 
 
 def make_trainer(
@@ -353,16 +345,23 @@ def make_trainer(
     model: PreTrainedModel | PeftModel,
     args: SFTConfig,
     data: RunData,
+    batches: EpochBatches | None,
     modules: list[TrainedModule],
     callbacks: list[TrainerCallback],
     facts: dict[str, Any],
 ) -> VLMTrainerMixin:
-    """The trainer that the config's `trainer` names; `facts` go into every run file."""
+    """The trainer that the config's `trainer` names.
+
+    Args:
+        batches: Of this process for training, None where they are streamed.
+        facts: What goes into every run file.
+    """
     evaluation = {name: prepared.dataset for name, prepared in data.evaluation.items()}
     trainer_class = VLMSFTTrainer if config.loop.trainer == "trl" else VLMTrainer
     return trainer_class(
         config=config,
         data=data,
+        batches=batches,
         modules=modules,
         facts=facts,
         model=model,

@@ -5,10 +5,13 @@ AIDC-AI/Ovis2.5-9B.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .vision_ovis2_5 import Grid
@@ -109,35 +112,80 @@ class Ovis2_5ImageProcessor(ImageProcessingMixin):
     def visual_tokens(self, grid: Grid) -> int:
         return math.prod(grid) // self.hidden_stride**2
 
+    @property
+    def features(self) -> int:
+        """Values of a patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
     def patches(
         self, frames: Sequence[Image.Image], min_pixels: int, max_pixels: int
     ) -> tuple[np.ndarray, Grid]:
         """One image, or the frames of one video, all resized to the size found for the first.
 
         Returns:
-            float32 `[N, 3 * temporal_patch_size * patch_size ** 2]` and the grid.
+            float32 `[N, features]` and the grid.
+        """
+        height, width = frames[0].height, frames[0].width
+        grid = self.grid(height, width, min_pixels, max_pixels, frames=len(frames))
+        pixels = np.empty((math.prod(grid), self.features), np.uint8)
+        self.write_patches(frames, grid, pixels)
+        return self.normalise(torch.from_numpy(pixels)).numpy(), grid
+
+    def write_patches(self, frames: Iterable[Image.Image], grid: Grid, out: np.ndarray) -> None:
+        """The patches before they are normalised, as bytes.
+
+        Args:
+            frames: One image, or the frames of one video; each is written before the next is
+                taken. The last one is repeated where they do not fill the grid.
+            out: uint8 `[N, features]`, contiguous; a part of a larger buffer will do.
         """
         p, s, tau = self.patch_size, self.hidden_stride, self.temporal_patch_size
-        t, h, w = self.grid(
-            frames[0].height, frames[0].width, min_pixels, max_pixels, frames=len(frames)
-        )
-        images = [self._resized(frame.convert("RGB"), w * p, h * p) for frame in frames]
-        images += [images[-1]] * (t * tau - len(images))
-        pixels = np.stack([np.asarray(image) for image in images])
-        pixels = pixels.reshape(t, tau, h // s, s, p, w // s, s, p, 3)
-        pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, 3, tau * p * p)
-        return self._normalised()[np.arange(3)[:, None], pixels].reshape(t * h * w, -1), (t, h, w)
+        t, h, w = grid
+        # A patch's rows of `p` bytes are moved as one word each: [t, tau, channel, height, width].
+        rows = out.view(f"V{p}").reshape(t, h // s, w // s, s, s, 3, tau, p)
+        rows = rows.transpose(0, 6, 5, 1, 3, 7, 2, 4)
+        written = 0
+        for frame in frames:
+            image = self._resized(frame, w * p, h * p)
+            for channel, band in enumerate(image.split()):
+                words = np.asarray(band).view(f"V{p}").reshape(h // s, s, p, w // s, s)
+                rows[written // tau, written % tau, channel] = words
+            written += 1
+        rows[-1, (written - 1) % tau + 1 :] = rows[-1, (written - 1) % tau]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bytes of patches, uint8 `[N, features]`, to float32, on the device they are on.
+
+        Looked up, not computed: every device gives the bits of `patches`.
+        """
+        table = torch.from_numpy(self.table).to(pixels.device)
+        channels = pixels.view(len(pixels), 3, self.features // 3)
+        values = torch.empty(channels.shape, dtype=table.dtype, device=pixels.device)
+        for channel in range(3):
+            indices = channels[:, channel].flatten().int()
+            values[:, channel] = table[channel].index_select(0, indices).view_as(values[:, channel])
+        return values.view_as(pixels)
+
+    @property
+    def table(self) -> np.ndarray:
+        """Normalised value of each byte per channel, float32 `[3, 256]`."""
+        return _table(self.rescale_factor, tuple(self.image_mean), tuple(self.image_std))
 
     def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        if image.mode != "RGB":
+            image = image.convert("RGB")
         # Two passes, across first: Pillow 13 may go down first where that is cheaper, and rounds
         # differently from the Pillow 11 of the reference.
-        across = image.resize((width, image.height), resample=self.resample)
-        return across.resize((width, height), resample=self.resample)
+        if image.width != width:
+            image = image.resize((width, image.height), resample=self.resample)
+        if image.height != height:
+            image = image.resize((width, height), resample=self.resample)
+        return image
 
-    def _normalised(self) -> np.ndarray:
-        """Normalised value of each byte per channel, `[3, 256]`, in the reference's arithmetic:
-        scaled in float64, then float32."""
-        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean = np.array(self.image_mean, dtype=np.float32)[:, None]
-        std = np.array(self.image_std, dtype=np.float32)[:, None]
-        return (scaled - mean) / std
+
+@cache
+def _table(rescale_factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """In the reference's arithmetic: scaled in float64, then float32."""
+    scaled = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    centered = scaled - np.array(mean, dtype=np.float32)[:, None]
+    return centered / np.array(std, dtype=np.float32)[:, None]

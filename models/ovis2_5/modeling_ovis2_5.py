@@ -149,7 +149,11 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
 
     def embed_images(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Embeddings `[n, hidden_size]` of the visual tokens of all images, in order."""
-        return self.vte(self.visual_tokenizer(pixel_values, grids))
+        return self._visual_rows(pixel_values, grids)[:-NUM_INDICATORS]
+
+    def _visual_rows(self, pixel_values: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Those embeddings and the `NUM_INDICATORS` of the indicators behind them."""
+        return self.visual_tokenizer.embed(pixel_values, grids, self.vte)
 
     def embed(
         self,
@@ -163,20 +167,18 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         grids = [] if grid_thws is None else grid_thws.tolist()
         self._check_images(input_ids, atoms, pixel_values, grids)
         if pixel_values is not None:
-            visual = self.embed_images(pixel_values, [(t, h, w) for t, h, w in grids])
-            rows = IMAGE_BEGIN_ID - input_ids
-            indicators = self._indicator_rows(embeds)[rows.clamp(0, NUM_INDICATORS - 1)]
-            is_indicator = (input_ids <= IMAGE_BEGIN_ID) & (input_ids >= VIDEO_END_ID)
-            embeds = torch.where(is_indicator.unsqueeze(-1), indicators, embeds)
-            embeds = embeds.masked_scatter(atoms.unsqueeze(-1), visual.to(embeds.dtype))
+            rows = self._visual_rows(pixel_values, [(t, h, w) for t, h, w in grids])
+            ids = input_ids.flatten()
+            places = (ids < 0).nonzero()[:, 0]
+            found = ids[places]
+            is_atom = found == VISUAL_ATOM_ID
+            indicators = len(rows) - NUM_INDICATORS + IMAGE_BEGIN_ID - found
+            sources = torch.where(is_atom, is_atom.cumsum(0) - 1, indicators)
+            filling = rows.to(embeds.dtype).index_select(0, sources)
+            embeds = embeds.flatten(0, 1).index_copy(0, places, filling).view_as(embeds)
         elif self._vision_must_run():
             embeds = embeds + self._unseen_image(embeds)
         return embeds
-
-    def _indicator_rows(self, like: Tensor) -> Tensor:
-        last = self.config.visual_vocab_size
-        rows = torch.arange(last - NUM_INDICATORS, last, device=like.device)
-        return self.vte(rows).to(like.dtype)
 
     def _check_images(
         self,
@@ -188,6 +190,12 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         patches = sum(t * h * w for t, h, w in grids)
         tokens = patches // self.config.vit_config.hidden_stride**2
         rows = 0 if pixel_values is None else len(pixel_values)
+        if pixel_values is not None and not pixel_values.is_floating_point():
+            raise ModelError(
+                "Ovis2_5.forward",
+                f"pixel_values are {pixel_values.dtype}: bytes that are not normalised yet.",
+                "pass them through the image processor's normalise first.",
+            )
         begins = (input_ids == IMAGE_BEGIN_ID) | (input_ids == VIDEO_BEGIN_ID)
         unknown = (input_ids < 0) & ((input_ids > VISUAL_ATOM_ID) | (input_ids < VIDEO_END_ID))
         found = torch.stack([atoms.sum(), begins.sum(), unknown.sum()]).tolist()
@@ -218,12 +226,7 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
         vit = self.config.vit_config
         side = vit.hidden_stride
         patches = like.new_zeros(side**2, vit.num_channels * vit.patch_size**2)
-        rows = torch.cat(
-            [
-                self.embed_images(patches, [(1, side, side)]).to(like.dtype),
-                self._indicator_rows(like),
-            ]
-        )
+        rows = self._visual_rows(patches, [(1, side, side)]).to(like.dtype)
         # A product with 0 would turn an overflow into NaN; `where` never reads the value.
         return torch.where(torch.zeros_like(rows, dtype=torch.bool), rows, 0.0).sum()
 

@@ -112,8 +112,24 @@ class Ovis2_5Processor(ProcessorMixin):
     def _ids(self, text: str) -> list[int]:
         """Ids of text inside a chat. SentencePiece tokenizers put a space before what starts a
         text, so it is read behind a turn's first token, as a whole rendered chat would be."""
-        ids = self.tokenizer(self.turn_start + text, add_special_tokens=False)["input_ids"]
+        ids = self._encode(self.turn_start + text)
         return ids[ids.index(self.control_id(self.turn_start)) + 1 :]
+
+    def _encode(self, text: str) -> list[int]:
+        """What `tokenizer(text, add_special_tokens=False)` gives, without the cost of that call,
+        which for a short text is many times that of its tokens."""
+        tokenizer: Any = self.tokenizer
+        if not tokenizer.is_fast:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        backend = tokenizer.backend_tokenizer
+        # What other calls of the tokenizer have asked for stays set in it.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.encode_special_tokens != tokenizer.split_special_tokens:
+            backend.encode_special_tokens = tokenizer.split_special_tokens
+        return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def _added_ids(self) -> dict[str, int]:
@@ -137,14 +153,15 @@ class Ovis2_5Processor(ProcessorMixin):
         videos: Sequence[Sequence[Image.Image]] | None = None,
         min_pixels: int = 448**2,
         max_pixels: int = 1792**2,
+        padding_side: str = "left",
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenize rendered text whose `<image>` and `<video>` marks stand for the given media.
 
         Returns:
-            `input_ids` and `attention_mask` `[B, T]`, padded on the left for generation; with
-            media also `pixel_values` `[N, features]` and `grid_thws` `[media, 3]`, in the order in
-            which images, then videos, are given.
+            `input_ids` and `attention_mask` `[B, T]`, padded on `padding_side`, for generation the
+            left; with media also `pixel_values` `[N, features]` and `grid_thws` `[media, 3]`, in
+            the order in which images, then videos, are given.
 
         Raises:
             ModelError: the marks do not match the media, or both kinds are given.
@@ -178,11 +195,14 @@ class Ovis2_5Processor(ProcessorMixin):
             rows.append(ids)
         longest = max(map(len, rows), default=0)
         pad = self.tokenizer.pad_token_id
+
+        def padded(row: list[int], filler: int) -> list[int]:
+            padding = [filler] * (longest - len(row))
+            return row + padding if padding_side == "right" else padding + row
+
         data: dict[str, Any] = {
-            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor(
-                [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-            ),
+            "input_ids": torch.tensor([padded(row, pad) for row in rows]),
+            "attention_mask": torch.tensor([padded([1] * len(row), 0) for row in rows]),
         }
         if pieces:
             data["pixel_values"] = torch.from_numpy(np.concatenate([p for p, _ in pieces]))

@@ -8,7 +8,6 @@ Source: AIDC-AI/Ovis 2.5.0 (`modeling_siglip2_navit`), facts in its published co
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention import Segments, attend_within
 from .configuration_ovis2_5 import Siglip2NavitConfig
 
 Grid = tuple[int, int, int]
@@ -95,21 +95,6 @@ def rotate(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:
     return torch.cat(rotated, dim=-1).to(x_NHK.dtype)
 
 
-def attend_within(query_NHK: Tensor, key_NHK: Tensor, value_NHK: Tensor, lengths: Sequence[int]):
-    """Attention inside each of the consecutive segments; neighbours of one length share a call."""
-    outputs, start = [], 0
-    for length, run in groupby(lengths):
-        count = sum(1 for _ in run)
-        stop = start + count * length
-        q, k, v = (
-            x[start:stop].unflatten(0, (count, length)).transpose(1, 2)
-            for x in (query_NHK, key_NHK, value_NHK)
-        )
-        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-        start = stop
-    return torch.cat(outputs)
-
-
 class Siglip2Attention(nn.Module):
     def __init__(self, config: Siglip2NavitConfig):
         super().__init__()
@@ -123,7 +108,7 @@ class Siglip2Attention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_ND: Tensor, rope: tuple[Tensor, Tensor] | None, lengths: Sequence[int]
+        self, hidden_ND: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments
     ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (
@@ -133,24 +118,23 @@ class Siglip2Attention(nn.Module):
         if rope is not None:
             query, key = rotate(query, *rope), rotate(key, *rope)
         if self.config._attn_implementation == "flash_attention_2":
-            output = self._flash_attend(query, key, value, lengths)
+            output = self._flash_attend(query, key, value, segments)
         else:
-            output = attend_within(query, key, value, lengths)
+            output = attend_within(query, key, value, segments)
         return self.out_proj(output.flatten(1))
 
     def _flash_attend(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments
     ) -> Tensor:
-        bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(query.device, torch.int32)
         output, _ = ALL_ATTENTION_FUNCTIONS["flash_attention_2"](
             self,
             *(x.transpose(0, 1)[None] for x in (query, key, value)),
             attention_mask=None,
             scaling=self.head_dim**-0.5,
-            cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds,
-            max_length_q=max(lengths),
-            max_length_k=max(lengths),
+            cu_seq_lens_q=segments.bounds,
+            cu_seq_lens_k=segments.bounds,
+            max_length_q=segments.longest,
+            max_length_k=segments.longest,
             is_causal=False,
         )
         return output[0]
@@ -176,9 +160,9 @@ class Siglip2EncoderLayer(GradientCheckpointingLayer):
         self.mlp = Siglip2MLP(config)
 
     def forward(
-        self, hidden_ND: Tensor, rope: tuple[Tensor, Tensor] | None, lengths: Sequence[int]
+        self, hidden_ND: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments
     ) -> Tensor:
-        hidden_ND = hidden_ND + self.self_attn(self.layer_norm1(hidden_ND), rope, lengths)
+        hidden_ND = hidden_ND + self.self_attn(self.layer_norm1(hidden_ND), rope, segments)
         return hidden_ND + self.mlp(self.layer_norm2(hidden_ND))
 
 
@@ -257,9 +241,10 @@ class Siglip2Encoder(nn.Module):
             hidden_ND = hidden_ND[order]
             rope = None if rope is None else (rope[0][order], rope[1][order])
         full = self.config.full_attention_layers
+        frames = Segments.of(layout.frame_lengths, device)
+        windows = frames if order is None else Segments.of(layout.window_lengths, device)
         for index, layer in enumerate(self.layers):
-            lengths = layout.frame_lengths if index in full else layout.window_lengths
-            hidden_ND = layer(hidden_ND, rope, lengths)
+            hidden_ND = layer(hidden_ND, rope, frames if index in full else windows)
         return hidden_ND if order is None else hidden_ND[torch.argsort(order)]
 
 

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import nn
 
-from vlmtune.models import Ovis2_5, Ovis2_5Config
-from vlmtune.models.ovis2_5.modeling_ovis2_5 import causal_lm_loss
+from vlmtune.models import Ovis2_5, Ovis2_5Config, supervised_head
+from vlmtune.models.ovis2_5.configuration_ovis2_5 import NUM_INDICATORS
+from vlmtune.models.ovis2_5.visual_tokenizer_ovis2_5 import BUFFERS, ExpectedEmbedding
+from vlmtune.models.supervised_head import label_log_probs
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/zero_memory.py")))
@@ -70,7 +72,7 @@ def test_terms_of_each_engine(engine, expected):
     assert tuple(terms.values()) == expected
 
 
-def test_the_worst_moment_is_the_start_of_backward_or_the_optimizer_step():
+def test_the_worst_moment_is_in_backward_or_in_the_optimizer_step():
     terms = {"weights": 1, "master": 2, "moments": 4, "gradients": 8, "backward": 16, "step": 50}
     assert SCRIPT.peak(terms, activation_bytes=32) == 7 + 56
     assert SCRIPT.peak(terms, activation_bytes=20) == 7 + 50
@@ -172,46 +174,88 @@ def test_checkpointing_keeps_the_input_of_each_layer_and_nothing_else_of_it():
     assert kept_when_checkpointing(1, 2) == kept + PATCHES * 2 * 96
 
 
-def test_logits_of_the_standard_loss_peak_at_twelve_bytes_each():
-    tokens, words = 60, 20_000
-    weight = torch.randn(words, 8, dtype=torch.bfloat16, requires_grad=True)
-    hidden = torch.randn(1, tokens, 8, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(0, words, (1, tokens))
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 20 rows of so many numbers, on the CPU as on a GPU."""
+
+    def apply(numbers: int) -> None:
+        monkeypatch.setattr(supervised_head, "CHUNK_BYTES", {})
+        monkeypatch.setattr(supervised_head, "DEVICE_CHUNK_BYTES", 20 * 4 * numbers)
+
+    return apply
+
+
+@pytest.mark.parametrize("tokens", [10, 20, 60])
+def test_the_loss_head_peaks_at_a_chunk_and_the_sum_of_its_gradient(small_chunks, tokens):
+    words, width = 20_000, 64
+    small_chunks(words)
     with STATES.LiveMemory() as memory:
-        loss = causal_lm_loss(F.linear(hidden, weight), labels)
-        loss.backward()
-    assert memory.peak == pytest.approx(12 * tokens * words, rel=0.03)
+        head = nn.Linear(width, words, bias=False, dtype=torch.bfloat16)
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        before = memory.live
+        log_probs, *_ = label_log_probs(head, hidden, torch.arange(tokens))
+        assert memory.live - before < 100 * tokens
+        log_probs.sum().backward()
+    llm = SimpleNamespace(vocab_size=words, hidden_size=width)
+    expected = SCRIPT.loss_head_bytes(llm, tokens) + head.weight.grad.nbytes
+    assert memory.peak - before == pytest.approx(expected, rel=0.03)
 
 
-def test_the_visual_head_keeps_eight_bytes_per_word_and_token():
-    tokens = 200
-    model = Ovis2_5(layered(1, 1)).bfloat16().train()
-    features = torch.randn(tokens, 96 * 4, dtype=torch.bfloat16, requires_grad=True)
+# Not on a CPU: the float32 product in a GPU's softmax backward. In one chunk: the one before it.
+@pytest.mark.parametrize(("tokens", "unseen"), [(20, 4 + 2), (60, 4)])
+def test_the_visual_head_peaks_at_a_chunk_and_the_sums_of_its_gradients(
+    small_chunks, tokens, unseen
+):
+    words, width = 20_000, 16
+    small_chunks(words * BUFFERS)
+    shapes = ((tokens, width), (words, width), (words,), (words,), (words + NUM_INDICATORS, width))
+    with STATES.LiveMemory() as memory:
+        inputs = [torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+        before = memory.live
+        embeddings = ExpectedEmbedding.apply(*inputs, 1e-5)
+        assert memory.live - before == embeddings.nbytes
+        embeddings.sum().backward()
+    config = SimpleNamespace(
+        visual_vocab_size=words + NUM_INDICATORS,
+        vit_config=SimpleNamespace(hidden_size=width // 4, hidden_stride=2),
+        llm_config=SimpleNamespace(hidden_size=width),
+    )
+    expected = SCRIPT.visual_head_bytes(config, tokens) - unseen * 20 * words
+    assert memory.peak - before == pytest.approx(expected, rel=0.05)
 
-    def run():
-        logits = model.visual_tokenizer.head(features)
-        return model.vte(F.softmax(logits, dim=-1, dtype=torch.float32).to(logits.dtype))
 
-    kept = saved_bytes(model, run) - features.nbytes
-    assert kept == pytest.approx(8 * 512 * tokens, rel=0.02)
+def test_float32_weights_count_the_gradients_of_the_heads_as_gradients_alone():
+    config = SCRIPT.ovis_config("2B")
+    llm, words = config.llm_config, config.visual_vocab_size
+    loss_head, visual_head = (
+        function(part, 100) - function(part, 100, half=False)
+        for function, part in (
+            (SCRIPT.loss_head_bytes, llm),
+            (SCRIPT.visual_head_bytes, config),
+        )
+    )
+    assert loss_head == 4 * llm.vocab_size * llm.hidden_size
+    assert visual_head == 4 * ((words - NUM_INDICATORS) * 4 * 1152 + words * llm.hidden_size)
 
 
-def test_activations_add_up_the_parts():
+def test_activations_are_the_layers_and_what_lives_beside_them():
     config = layered(3, 4)
     sample = SCRIPT.Sample(tokens=100, patches=64)
     llm, vit = SCRIPT.llm_layer_bytes(config.llm_config), SCRIPT.vit_layer_bytes(config.vit_config)
-    assert SCRIPT.activations(config, sample, checkpointing=False) == {
-        "llm": 3 * 100 * llm,
-        "vit": 4 * 64 * vit,
-        "logits": 12 * 300 * 100,
-        "visual_head": 8 * 512 * 16,
+    heads = {
+        "loss_head": 300 * (6 * 100 + 4 * 64),
+        "visual_head": 24 * 16 * 512 + 4 * (512 * 96 * 4 + 516 * 64),
     }
+    off = SCRIPT.activations(config, sample, checkpointing=False)
+    assert off == {"llm": 3 * 100 * llm, "vit": 4 * 64 * vit, "layer": 0, **heads}
     assert SCRIPT.activations(config, sample, checkpointing=True) == {
         "llm": 3 * 100 * 2 * 64,
         "vit": 4 * 64 * 2 * 96,
-        "logits": 100 * llm,  # a layer that is recomputed, here larger than the logits
-        "visual_head": 8 * 512 * 16,
+        "layer": 100 * llm,
+        **heads,
     }
+    assert SCRIPT.alive(off) == 3 * 100 * llm + 4 * 64 * vit + heads["visual_head"]
+    assert SCRIPT.alive({"llm": 1, "vit": 2, "layer": 30, "loss_head": 9, "visual_head": 8}) == 33
 
 
 @pytest.fixture(scope="module")

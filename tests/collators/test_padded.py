@@ -1,13 +1,19 @@
 """Rows of a dataset to the batches of the reference."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
+from vlmtune.collators.packed import PackedCollator
 from vlmtune.collators.padded import REPEATED, PaddedCollator
 from vlmtune.collators.sample import SampleEncoder
 from vlmtune.core.errors import DataError
@@ -27,7 +33,7 @@ def parse(question: str, answer: str = "5", **media) -> Conversation:
 
 
 def collate(encoder: SampleEncoder, *conversations: Conversation) -> dict[str, torch.Tensor]:
-    return PaddedCollator(encoder)([conversation.to_row() for conversation in conversations])
+    return PaddedCollator(encoder)([encoder.row(conversation) for conversation in conversations])
 
 
 def without_extra_column(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,13 +62,16 @@ def without_extra_column(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 def test_batch_equals_that_of_the_reference(make_encoder, case, inputs, indices):
     given = json.loads((GOLDENS / case / "samples.json").read_text("utf-8"))
     folder = str(GOLDENS / case / given["image_dir"])
-    measured = {"length": 1, "trained_tokens": 1}  # columns that the collator ignores
+    encoder = make_encoder(case)
     rows = [
-        {**parse_conversation(given["samples"][i], "d.json", i, folder).to_row(), **measured}
-        for i in indices
+        encoder.row(parse_conversation(given["samples"][i], "d.json", i, folder)) for i in indices
     ]
     dataset = datasets.Dataset.from_list(rows, features=FEATURES)
-    batch = PaddedCollator(make_encoder(case))([dataset[i] for i in range(len(rows))])
+    batch = PaddedCollator(encoder)([dataset[i] for i in range(len(rows))])
+    if "pixel_values" in batch:
+        assert batch["pixel_values"].dtype == torch.uint8
+        images = encoder.processor.image_processor
+        batch["pixel_values"] = images.normalise(batch["pixel_values"])
 
     expected = without_extra_column(load_file(GOLDENS / case / f"{inputs}.safetensors"))
     assert batch.pop("sample_ids") == [row["id"] for row in rows]
@@ -105,8 +114,9 @@ def test_text_alone_has_no_pixels(make_encoder):
 
 
 def test_row_that_only_fills_a_batch_carries_no_loss_and_is_not_named(make_encoder):
-    rows = [parse("5").to_row(), {**parse("9").to_row(), REPEATED: True}]
-    batch = PaddedCollator(make_encoder())(rows)
+    encoder = make_encoder()
+    rows = [encoder.row(parse("5")), {**encoder.row(parse("9")), REPEATED: True}]
+    batch = PaddedCollator(encoder)(rows)
     assert batch["labels"].tolist() == [[IGN] * 13 + [20, 322], [IGN] * 15]
     assert batch["input_ids"].tolist()[1] == [*HEAD, 24, *TAIL, 20, 322]
     assert batch["sample_ids"] == ["one"]
@@ -124,14 +134,85 @@ def test_pixels_and_grids_follow_the_order_of_the_rows_and_skip_text(make_encode
         assert torch.equal(batch[name], torch.cat([single[name] for single in alone]))
 
 
+def test_batch_of_rows_that_only_fill_it_is_whole_and_counts_nothing(make_encoder):
+    encoder = make_encoder()
+    media = parse("<image>", image=str(IMAGES / "grad_40x70.png"))
+    rows = [{**encoder.row(one), REPEATED: True} for one in (media, parse("5"))]
+    batch = PaddedCollator(encoder)(rows)
+    full = collate(encoder, media, parse("5"))
+    assert (batch.pop("labels") == IGN).all()
+    assert batch.pop("sample_ids") == []
+    assert {name for name in full if name not in batch} == {"labels", "sample_ids"}
+    assert all(torch.equal(value, full[name]) for name, value in batch.items())
+
+
+def test_patches_of_an_image_are_its_bytes(make_encoder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    encoder = make_encoder()
+    batch = collate(encoder, parse("5"), parse("<image>", image=str(tmp_path / "a.png")))
+    assert batch["grid_thws"].tolist() == [[1, 4, 4]]
+    assert batch["grid_thws"].dtype == torch.int64
+    assert batch["pixel_values"].shape == (16, 48)
+    # The third patch is the one below the first: two by two of them become one token.
+    expected = pixels[4:8, :4].transpose(2, 0, 1)
+    assert batch["pixel_values"][2].tolist() == expected.ravel().tolist()
+    begin = len(HEAD)
+    assert batch["input_ids"][1, begin : begin + 6].tolist() == [-301, *[-300] * 4, -302]
+
+
+@dataclass(frozen=True)
+class SharedBeforeSending:
+    """A collator that adds which tensors of its batch lie in shared memory already."""
+
+    collator: PaddedCollator | PackedCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        shared = {k for k, v in batch.items() if torch.is_tensor(v) and v.is_shared()}
+        return {**batch, "shared": shared}
+
+
+@pytest.mark.parametrize("collator", [PaddedCollator, PackedCollator])
+def test_workers_give_the_same_batches_and_write_pixels_into_shared_memory(make_encoder, collator):
+    encoder = make_encoder()
+    one, two = str(IMAGES / "grad_40x70.png"), str(IMAGES / "rgba_33x47.png")
+    conversations = [
+        *(parse("<image>", image=one), parse("5")),
+        *(parse("5"), parse("5:9")),
+        *(parse("<image><image>", image=[two, one]), parse("<image>", image=two)),
+    ]
+    rows: Any = [encoder.row(conversation) for conversation in conversations]
+    loaders = [
+        DataLoader(
+            rows,
+            batch_size=2,
+            collate_fn=SharedBeforeSending(collator(encoder)),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
+        )
+        for workers in (0, 2)
+    ]
+    here, there = map(list, loaders)
+    assert [batch.pop("shared") for batch in here] == [set()] * 3
+    assert [batch.pop("shared") for batch in there] == [{"pixel_values"}, set(), {"pixel_values"}]
+    assert [set(batch) for batch in there] == [set(batch) for batch in here]
+    for ours, theirs in zip(here, there, strict=True):
+        for name, value in ours.items():
+            if torch.is_tensor(value):
+                assert torch.equal(value, theirs[name]), name
+            else:
+                assert value == theirs[name], name
+
+
 @pytest.mark.parametrize(("key", "mark"), [("image", "<image>"), ("video_frames", "<video>")])
 def test_file_removed_after_the_check_is_named_with_its_record(make_encoder, tmp_path, key, mark):
     file = tmp_path / "a.png"
     file.write_bytes((IMAGES / "grad_40x70.png").read_bytes())
-    conversation, encoder = parse(mark, **{key: [str(file)]}), make_encoder()
-    assert encoder.check_files(conversation) == [(1, 40, 70)]
+    encoder = make_encoder()
+    rows = [encoder.row(parse("5")), encoder.row(parse(mark, "5", **{key: [str(file)]}))]
     file.unlink()
     with pytest.raises(DataError) as error:
-        collate(encoder, parse("5"), conversation)
+        PaddedCollator(encoder)(rows)
     assert error.value.where == f'train.json, record 17 (id "one"), {key}'
     assert error.value.what == f"{file} does not exist."

@@ -1,17 +1,24 @@
 """A conversation and its files to one sample: sizes, length limits, and what is decoded."""
 
 import json
+import multiprocessing
 import os
+import resource
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
+from vlmtune.collators.sample import SampleEncoder, grids_of
 from vlmtune.core.errors import DataError
-from vlmtune.data.conversation import Conversation, parse_conversation
+from vlmtune.data.conversation import Conversation, Turn, parse_conversation
+from vlmtune.data.dataset import FEATURES
+from vlmtune.data.images import frame_indices
 from vlmtune.data.tables import table_records
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "ovis2_5"
@@ -26,18 +33,87 @@ def parse(*said: str, folder: Path | None = IMAGES, **media) -> Conversation:
     return parse_conversation(record, "train.json", 17, str(folder) if folder else None)
 
 
+def pixels_of(encoder: SampleEncoder, row: dict) -> np.ndarray:
+    """A filling that no write may leave stands where nothing was written."""
+    out = np.full((row["patches"], encoder.processor.image_processor.features), 7, np.uint8)
+    encoder.write_pixels(row, out)
+    return out
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_sizes_alone_give_the_ids_that_loading_gives(make_encoder, case):
+def test_row_gives_the_ids_labels_and_pixels_of_the_whole_sample(make_encoder, case):
     encoder = make_encoder(case)
+    images = encoder.processor.image_processor
     given = json.loads((GOLDENS / case / "samples.json").read_text("utf-8"))
     for record in given["samples"]:
         conversation = parse_conversation(
             record, "train.json", 17, str(GOLDENS / case / given["image_dir"])
         )
-        sizes = encoder.check_files(conversation)
-        sample = encoder.load(conversation)
-        assert encoder.encode(conversation, sizes) == sample.encoded
-        assert len(sample.grids) == len(sample.patches) == len(sample.encoded.media)
+        encoded = encoder.encode(conversation, encoder.check_files(conversation))
+        row = encoder.row(conversation)
+        ids, labels = encoder.ids_and_labels(row)
+        assert (ids.dtype, labels.dtype) == (np.int64, np.int64)
+        assert (ids.tolist(), labels.tolist()) == (encoded.ids, encoded.labels)
+        assert (row["length"], row["trained_tokens"]) == (len(ids), encoded.trained_tokens)
+        files = [[file] for file in conversation.images]
+        limits = encoder.limits.for_images(len(files))
+        if frames := conversation.frames:
+            low, high = encoder.limits.min_frames, encoder.limits.max_frames
+            files = [[frames[i] for i in frame_indices(len(frames), low, high)]]
+            limits = encoder.limits.for_video(len(files[0]))
+        media = [images.patches([Image.open(f) for f in one], *limits) for one in files]
+        assert grids_of(row) == [grid for _, grid in media]
+        assert row["patches"] == sum(len(patches) for patches, _ in media)
+        assert row["patches_squared"] == sum(t * (h * w) ** 2 for t, h, w in grids_of(row))
+        if media:
+            normalised = images.normalise(torch.from_numpy(pixels_of(encoder, row))).numpy()
+            np.testing.assert_array_equal(normalised, np.concatenate([p for p, _ in media]))
+
+
+def test_row_is_small_and_has_the_columns_of_a_prepared_dataset(make_encoder):
+    said = ["<image>5<image>", "9"]
+    conversation = parse(*said, image=["grad_64x64.png", "tiny_2x2.png"])
+    row = make_encoder(single_image_max_pixels=64**2, multiple_image_max_pixels=1024).row(
+        conversation
+    )
+    assert set(row) == set(FEATURES)
+    assert row["grids"].tolist() == [1, 8, 8, 1, 4, 4]
+    begin, atom, end = -301, -300, -302
+    head, tail = [321, 314, 198], [322, 198, 321, 295, 198, 344, 260, 345, 260, 24, 322]
+    assert row["ids"].tolist() == [*head, begin, atom, end, 20, begin, atom, end, *tail]
+    # 16 and 4 visual tokens, and the answer with its end.
+    assert row["length"] == len(row["ids"]) + 15 + 3
+    assert row["trained"].tolist() == [row["length"] - 2, row["length"]]
+    assert (row["trained_tokens"], row["patches"]) == (2, 80)
+    assert row["patches_squared"] == 64**2 + 16**2
+
+
+def test_row_of_an_empty_question_has_tokens_and_trains_none(make_encoder):
+    encoder = make_encoder()
+    row = encoder.row(Conversation("one", [Turn("user", "")], source="train.json", record=17))
+    ids, labels = encoder.ids_and_labels(row)
+    assert ids.tolist() == [321, 314, 198, 322, 198]
+    assert labels.tolist() == [-100] * 5
+    assert (row["length"], row["trained"].tolist(), row["trained_tokens"]) == (5, [], 0)
+    assert pixels_of(encoder, row).shape == (0, 48)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_row_is_exact_at_every_length_limit(make_encoder, as_list):
+    said = ["<image>5", "<tool_response>2</tool_response>9", "<image>7", "9"]
+    conversation = parse(*said, image=["tiny_2x2.png", "grad_40x70.png"])
+    whole = len(make_encoder().row(conversation)["ids"])
+    for limit in range(whole + 60):
+        encoder = make_encoder(multimodal_max_length=limit)
+        encoded = encoder.encode(conversation, [(1, 2, 2), (1, 40, 70)])
+        row = encoder.columns(conversation, [(1, 2, 2), (1, 40, 70)])
+        if as_list:
+            row |= {name: row[name].tolist() for name in ("ids", "trained", "grids")}
+        ids, labels = encoder.ids_and_labels(row)
+        assert (ids.tolist(), labels.tolist()) == (encoded.ids, encoded.labels)
+        assert row["length"] == len(ids)
+        assert row["trained_tokens"] == encoded.trained_tokens
+        assert len(grids_of(row)) == len(encoded.media)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +139,11 @@ def test_first_frame_taken_sets_the_size_even_if_it_is_not_the_first_of_the_vide
     files = ["tiny_2x2.png"] * 2 + ["grad_40x70.png"] * 10
     encoder = make_encoder(min_frames=2, max_frames=3, video_max_pixels=4096)
     conversation = parse("<video>", "5", video_frames=files)
-    sample = encoder.load(conversation)
-    [(begin, end)] = sample.encoded.media
-    frames, rows, columns = sample.grids[0]
-    assert (frames, rows, columns) == (3, 10, 18)
-    assert end - begin - 2 == 3 * 10 * 18 // 4
-    sizes = encoder.check_files(conversation)
-    assert sizes == [(12, 40, 70)]
-    assert encoder.encode(conversation, sizes) == sample.encoded
+    assert encoder.check_files(conversation) == [(12, 40, 70)]
+    row = encoder.row(conversation)
+    assert row["grids"].tolist() == [3, 10, 18]
+    assert row["length"] == len(row["ids"]) - 1 + 3 * 10 * 18 // 4
+    assert (pixels_of(encoder, row) != 7).any(axis=1).all()
 
 
 @pytest.mark.parametrize(
@@ -87,11 +160,10 @@ def test_check_finds_the_missing_file_and_names_the_record(make_encoder, questio
     assert error.value.what == f"{IMAGES / 'no.png'} does not exist."
 
 
-@pytest.mark.parametrize("action", ["check_files", "load"])
-def test_missing_video_is_named_with_its_record(make_encoder, action):
+def test_missing_video_is_named_with_its_record(make_encoder):
     pytest.importorskip("av")
     with pytest.raises(DataError) as error:
-        getattr(make_encoder(), action)(parse("<video>", "5", video="no.mp4"))
+        make_encoder().check_files(parse("<video>", "5", video="no.mp4"))
     assert error.value.where == 'train.json, record 17 (id "one"), video'
     assert error.value.what.startswith(f"{IMAGES / 'no.mp4'} cannot be opened: ")
 
@@ -134,12 +206,10 @@ def test_each_kind_of_media_has_its_pixel_limits(make_encoder, media, question, 
         "video_max_pixels": 16 * 16,
     }
     encoder = make_encoder(**{**limits, **changes})
-    sample = encoder.load(parse(question, "5", **media))
-    assert sample.grids == grids
-    assert [len(patches) for patches in sample.patches] == [t * h * w for t, h, w in grids]
-    assert [end - begin - 2 for begin, end in sample.encoded.media] == [
-        t * h * w // 4 for t, h, w in grids
-    ]
+    row = encoder.row(parse(question, "5", **media))
+    assert grids_of(row) == grids
+    assert row["length"] == len(row["ids"]) + sum(t * h * w // 4 - 1 for t, h, w in grids)
+    assert (pixels_of(encoder, row) != 7).any(axis=1).all()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +225,7 @@ def test_samples_with_and_without_media_have_their_own_longest_length(
     make_encoder, question, media, text_limit, media_limit, kept
 ):
     encoder = make_encoder(text_max_length=text_limit, multimodal_max_length=media_limit)
-    assert len(encoder.load(parse(question, "5", **media)).encoded.ids) == kept
+    assert encoder.row(parse(question, "5", **media))["length"] == kept
 
 
 @pytest.fixture
@@ -170,23 +240,117 @@ def second_is_broken(tmp_path) -> Conversation:
 
 # The user's header is 3 tokens long, each image 6.
 @pytest.mark.parametrize(("limit", "kept"), [(8, 3), (9, 9), (14, 9)])
-def test_image_that_is_cut_off_is_not_decoded_and_leaves_no_pixels(
+def test_image_that_is_cut_off_is_not_opened_and_leaves_no_pixels(
     make_encoder, second_is_broken, limit, kept
 ):
-    sample = make_encoder(multimodal_max_length=limit).load(second_is_broken)
+    encoder = make_encoder(multimodal_max_length=limit)
+    row = second_is_broken.to_row() | encoder.columns(second_is_broken, [(1, 16, 16)] * 2)
+    os.remove(second_is_broken.images[1])
     images = (kept - 3) // 6
-    assert sample.encoded.ids == [321, 314, 198, *[-301, *[-300] * 4, -302] * images]
-    assert sample.encoded.media == [(3, 9)] * images
-    assert sample.grids == [(1, 4, 4)] * images
-    assert [patches.shape for patches in sample.patches] == [(16, 48)] * images
+    ids, _ = encoder.ids_and_labels(row)
+    assert ids.tolist() == [321, 314, 198, *[-301, *[-300] * 4, -302] * images]
+    assert row["grids"].tolist() == [1, 4, 4] * images
+    assert pixels_of(encoder, row).shape == (16 * images, 48)
 
 
 @pytest.mark.parametrize("limit", [15, 512])
 def test_image_that_is_kept_is_decoded(make_encoder, second_is_broken, limit):
+    encoder = make_encoder(multimodal_max_length=limit)
+    row = second_is_broken.to_row() | encoder.columns(second_is_broken, [(1, 16, 16)] * 2)
     with pytest.raises(DataError) as error:
-        make_encoder(multimodal_max_length=limit).load(second_is_broken)
+        pixels_of(encoder, row)
     assert error.value.where == 'train.json, record 17 (id "one"), image'
     assert error.value.what.startswith(f"{second_is_broken.images[1]} is corrupt: ")
+
+
+@pytest.mark.parametrize(
+    ("question", "media", "place"),
+    [
+        ("<image>", {"image": "a.png"}, "image"),
+        ("<video>", {"video_frames": ["a.png", "a.png"]}, "video_frames"),
+    ],
+)
+def test_file_of_another_size_than_when_it_was_checked_is_refused(
+    make_encoder, tmp_path, question, media, place
+):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    encoder = make_encoder()
+    row = encoder.row(parse(question, "5", folder=tmp_path, **media))
+    Image.new("RGB", (640, 64)).save(tmp_path / "a.png")
+    with pytest.raises(DataError) as error:
+        pixels_of(encoder, row)
+    assert error.value.where == f'train.json, record 17 (id "one"), {place}'
+    assert error.value.what == (
+        f"{tmp_path / 'a.png'} has changed since it was checked: 640 x 64 pixels now."
+    )
+
+
+def test_one_decoded_image_is_held_at_a_time(make_encoder, tmp_path):
+    """Each takes 27 MB decoded; nothing but pixels grows with their number."""
+    Image.new("RGB", (3000, 3000), "red").save(tmp_path / "a.jpg")
+    encoder = make_encoder(multiple_image_max_pixels=256, video_max_pixels=256)
+    peaks = []
+    for question, count in [("<image>", 1), ("<image>" * 6, 6), ("<video>", 6)]:
+        files = {"image" if "image" in question else "video_frames": ["a.jpg"] * count}
+        row = encoder.row(parse(question, "5", folder=tmp_path, **files))
+        peaks.append(peak_mb(lambda row=row: pixels_of(encoder, row)))
+    assert peaks[0] > 15
+    assert max(peaks) < peaks[0] + 15
+
+
+def test_few_frames_of_a_video_file_are_held_at_a_time(make_encoder, tmp_path):
+    """Each takes 6 MB as RGB and half of that as it is decoded."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((1080, 1920, 3), np.uint8), format="rgb24")
+        for _ in range(24):
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    film = parse("<video>", "5", folder=tmp_path, video="a.mp4")
+    few, many = (make_encoder(min_frames=n, max_frames=n, video_max_pixels=256) for n in (8, 24))
+
+    def train(encoder: SampleEncoder) -> None:
+        pixels_of(encoder, film.to_row() | encoder.columns(film, [(24, 1080, 1920)]))
+
+    for call in (train, lambda encoder: encoder.check_files(film)):
+        peaks = [peak_mb(partial(call, encoder)) for encoder in (few, many)]
+        assert peaks[0] > 6
+        assert peaks[1] < peaks[0] + 20
+
+
+def peak_mb(call) -> float:
+    """How far the memory of a fork grows by the call."""
+    reading, writing = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        call()
+        writing.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    peak = reading.recv() if reading.poll(60) else None
+    process.join()
+    assert peak is not None
+    return peak
+
+
+def test_draft_of_a_jpeg_is_opt_in_and_keeps_the_shape(make_encoder, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    conversation = parse("<image>", "5", folder=tmp_path, image="a.jpg")
+    exact, draft = (make_encoder(single_image_max_pixels=1600, jpeg_draft=d) for d in (False, True))
+    row = exact.row(conversation)
+    assert row["grids"].tolist() == draft.row(conversation)["grids"].tolist() == [1, 10, 10]
+    # 320 pixels to 40: the draft is an eighth, and nothing is resized.
+    small = Image.open(tmp_path / "a.jpg")
+    small.draft("RGB", (40, 40))
+    expected = np.empty((100, 48), np.uint8)
+    draft.processor.image_processor.write_patches([small], (1, 10, 10), expected)
+    np.testing.assert_array_equal(pixels_of(draft, row), expected)
+    assert (pixels_of(exact, row) != expected).any()
 
 
 def test_check_reads_images_that_would_be_cut_off(make_encoder, second_is_broken):
@@ -214,27 +378,26 @@ def test_video_file_gives_what_its_sampled_frames_give(make_encoder, tmp_path):
     encoder = make_encoder()
     film = parse("<video>", "5", video=path)
     assert encoder.check_files(film) == [(4, 32, 48)]
-    sample = encoder.load(film)
+    row = encoder.row(film)
     # 4 frames to 3, 0, 2 and 3, of at most 768 pixels.
-    assert sample.grids == [(3, 4, 8)]
-    [patches] = sample.patches
-    means = [255 * (float(frame.mean()) + 1) / 2 for frame in patches.reshape(3, -1)]
-    assert means == pytest.approx([20, 160, 230], abs=5)
+    assert row["grids"].tolist() == [3, 4, 8]
+    pixels = pixels_of(encoder, row)
+    assert pixels.reshape(3, -1).mean(1) == pytest.approx([20, 160, 230], abs=5)
 
-    by_frames = encoder.load(parse("<video>", "5", folder=tmp_path, video_frames=names))
-    assert (by_frames.encoded, by_frames.grids) == (sample.encoded, sample.grids)
-    np.testing.assert_array_equal(by_frames.patches[0], patches)
+    by_frames = encoder.row(parse("<video>", "5", folder=tmp_path, video_frames=names))
+    for name in ("ids", "trained", "grids", "length"):
+        np.testing.assert_array_equal(by_frames[name], row[name])
+    np.testing.assert_array_equal(pixels_of(encoder, by_frames), pixels)
 
 
 def test_thinking_that_does_not_fit_names_the_record(make_encoder):
     said = ["<image>", "<think><image></think>5", "5", "5"]
     conversation = parse(*said, image=["tiny_2x2.png"] * 2)
     encoder = make_encoder(thinking="last_turn")
-    for call in (encoder.load, lambda c: encoder.encode(c, encoder.check_files(c))):
-        with pytest.raises(DataError) as error:
-            call(conversation)
-        assert error.value.where == 'train.json, record 17 (id "one"), thinking: last_turn'
-        assert error.value.what == "would drop an earlier thought that holds an image."
+    with pytest.raises(DataError) as error:
+        encoder.row(conversation)
+    assert error.value.where == 'train.json, record 17 (id "one"), thinking: last_turn'
+    assert error.value.what == "would drop an earlier thought that holds an image."
 
 
 @pytest.mark.parametrize(
@@ -247,12 +410,12 @@ def test_thinking_that_does_not_fit_names_the_record(make_encoder):
     ],
 )
 def test_thinking_of_the_run_reaches_its_samples(make_encoder, changes, first, second):
-    sample = make_encoder(**changes).load(parse("5", "9", "5", "9"))
+    row = make_encoder(**changes).row(parse("5", "9", "5", "9"))
     question = [321, 314, 198, 20, 322, 198, 321, 295, 198]
-    assert sample.encoded.ids == [*question, *first, 24, 322, 198, *question, *second, 24, 322]
+    assert row["ids"].tolist() == [*question, *first, 24, 322, 198, *question, *second, 24, 322]
 
 
-def test_corrupt_image_of_a_table_is_named_by_its_record_and_number(make_encoder, tmp_path):
+def test_corrupt_image_of_a_table_is_named_by_its_record_and_place(make_encoder, tmp_path):
     files = [(IMAGES / "grad_64x64.png").read_bytes(), (IMAGES / "grad_40x70.png").read_bytes()]
     table = pa.Table.from_pylist([{"image": [files[0], files[1][:-200]]}])
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
@@ -261,17 +424,10 @@ def test_corrupt_image_of_a_table_is_named_by_its_record_and_number(make_encoder
     record = {**record, "id": "one", "conversations": given}
     conversation = parse_conversation(record, "t.parquet", index)
     encoder = make_encoder()
-    where = 't.parquet, record 1 (id "one"), image'
-    with pytest.raises(DataError) as error:
-        encoder.load(conversation)
-    assert error.value.where == where
-    assert error.value.what.startswith("image 2 is corrupt: ")
-    with pytest.raises(DataError) as error:
-        encoder.check_files(conversation)
-    assert error.value.where == where
-    assert error.value.what.startswith(f"table://{tmp_path / 't.parquet'}#0.image.1 is corrupt: ")
-
-
-@pytest.mark.parametrize(("question", "expected"), [("5", (15, 2)), ("5:9", (17, 2))])
-def test_measure_tells_tokens_and_trained_tokens(make_encoder, question, expected):
-    assert make_encoder().measure(parse(question, "5"), []) == expected
+    file = f"table://{tmp_path / 't.parquet'}#0.image.1"
+    row = conversation.to_row() | encoder.columns(conversation, [(1, 64, 64), (1, 40, 70)])
+    for call in (lambda: encoder.check_files(conversation), lambda: pixels_of(encoder, row)):
+        with pytest.raises(DataError) as error:
+            call()
+        assert error.value.where == 't.parquet, record 1 (id "one"), image'
+        assert error.value.what.startswith(f"{file} is corrupt: ")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtune.collators.rendering import IGNORE_INDEX, Encoded, truncate
+from vlmtune.collators.sample import grids_of
 from vlmtune.data.conversation import parse_conversation
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "ovis2_5"
@@ -36,13 +37,13 @@ def our_rows(make_encoder, name: str) -> list[Row]:
     conversation = parse_conversation(record, "train.json", 1, folder)
     rows = []
     for limit in range(1, len(TABLES[name]["rows"]) + 1):
-        sample = make_encoder(multimodal_max_length=limit, text_max_length=1).load(conversation)
-        kept = len(sample.encoded.ids)
-        assert sample.encoded.ids == TABLES[name]["input_ids"][:kept]
-        assert sample.encoded.labels == TABLES[name]["labels"][:kept]
-        patches = sum(len(p) for p in sample.patches)
-        grids = [list(grid) for grid in sample.grids] or None
-        rows.append((limit, kept, patches, grids, sample.encoded.trained_tokens))
+        encoder = make_encoder(multimodal_max_length=limit, text_max_length=1)
+        row = encoder.row(conversation)
+        ids, labels = encoder.ids_and_labels(row)
+        assert ids.tolist() == TABLES[name]["input_ids"][: row["length"]]
+        assert labels.tolist() == TABLES[name]["labels"][: row["length"]]
+        grids = [list(grid) for grid in grids_of(row)] or None
+        rows.append((limit, row["length"], row["patches"], grids, row["trained_tokens"]))
     return rows
 
 

@@ -35,7 +35,6 @@ def test_only_what_our_collator_does_itself_is_taken_away_from_the_host():
         "eos_token",
         "eval_packing",
         "max_length",
-        "packing",
         "packing_strategy",
         "pad_to_multiple_of",
         "pad_token",

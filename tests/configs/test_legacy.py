@@ -64,8 +64,8 @@ def test_dtype_is_torch_dtype(load):
         (
             "dataloader_shuffle",
             True,
-            {"train_sampling_strategy": "random"},
-            'true is read as train_sampling_strategy "random"',
+            {},
+            "true has no effect: it is the default",
         ),
         (
             "dataloader_shuffle",
@@ -79,7 +79,13 @@ def test_dtype_is_torch_dtype(load):
             {"train_sampling_strategy": "group_by_length"},
             'true is read as train_sampling_strategy "group_by_length"',
         ),
-        ("group_by_length", False, {}, "false has no effect: it is the default"),
+        (
+            "group_by_length",
+            False,
+            {"train_sampling_strategy": "random"},
+            'false is read as train_sampling_strategy "random"',
+        ),
+        ("adafactor", False, {}, "false has no effect: it is the default"),
         ("adafactor", True, {"optim": "adafactor"}, 'true is read as optim "adafactor"'),
     ],
 )
@@ -252,16 +258,16 @@ def test_a_key_without_effect_is_accepted_and_says_why(load, key):
             'name the set in datainfo, with its "data_format": "caption"',
         ),
         (
-            "packing",
+            "eval_packing",
             True,
-            "packing true is not supported",
-            "leave it out: samples are padded",
+            "eval_packing true is not supported",
+            "leave it out: the loss of padded samples is the same",
         ),
         (
             "padding_free",
             "true",
             "padding_free true is not supported",
-            "leave it out: samples are padded",
+            'use "packing": true, whose rows have no padding',
         ),
     ],
 )
@@ -408,6 +414,7 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
         "save_steps": 0.4,
         "save_total_limit": 10,
         "logging_steps": 1,
+        "train_sampling_strategy": "random",
         "use_cpu": False,
         "bf16": True,
         "tf32": True,
@@ -442,11 +449,10 @@ def test_a_config_of_the_reference_runs_as_it_is(tmp_path):
         "save_safetensors has no effect: weights are always saved as safetensors",
         "logging_dir has no effect: transformers no longer has it; "
         "set the environment variable TENSORBOARD_LOGGING_DIR",
-        "group_by_length false has no effect: it is the default",
+        'group_by_length false is read as train_sampling_strategy "random"',
         "no_cuda is read as use_cpu",
         "use_mps_device has no effect: transformers no longer has it",
         "fp16_backend has no effect: transformers no longer has it, nor apex",
-        "packing has no effect: samples are padded",
         "assistant_only_loss has no effect: "
         "which tokens carry loss follows from rendering the conversation",
         "min_lr_rate is read as lr_scheduler_kwargs.min_lr_rate",

@@ -355,6 +355,32 @@ def test_a_value_the_schema_refuses_names_its_source(load):
             '"sequential" does not go with mix, which has an order of its own',
         ),
         (
+            {"packing": True, "train_sampling_strategy": "sequential"},
+            "train_sampling_strategy",
+            '"sequential" does not go with packing, which has an order of its own',
+        ),
+        (
+            {"packing": True, "train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy",
+            '"group_by_length" does not go with packing, which has an order of its own',
+        ),
+        ({"packing_length": 64}, "packing_length", "is given, but nothing is packed"),
+        (
+            {"packing": False, "packing_max_patches": 64},
+            "packing_max_patches",
+            "is given, but nothing is packed",
+        ),
+        (
+            {"packing": True, "base_learning_rate": 1e-5, "base_batch_size": 8},
+            "base_learning_rate",
+            "is scaled by the samples of a batch, and with packing a batch is counted in rows",
+        ),
+        (
+            {"packing": True, "streaming": True, "max_steps": 5},
+            "packing",
+            "rows are planned from the lengths of all samples, which a stream does not know",
+        ),
+        (
             {"streaming": True, "max_steps": 5, "train_sampling_strategy": "group_by_length"},
             "train_sampling_strategy",
             '"group_by_length" does not go with streaming, which has an order of its own',

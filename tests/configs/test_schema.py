@@ -30,6 +30,10 @@ def test_defaults_are_those_of_the_reference():
         "min_frames": 8,
         "max_frames": 8,
         "thinking": "every_turn",
+        "packing": False,
+        "packing_length": None,
+        "packing_max_patches": None,
+        "jpeg_draft": False,
         "on_bad_sample": "error",
     }
     assert dataclasses.asdict(ModelConfig("m")) == {
@@ -50,6 +54,7 @@ def test_defaults_are_those_of_the_reference():
         "base_batch_size": None,
         "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
+        "recompute": None,
         "max_empty_batches": 10,
     }
 
@@ -89,6 +94,8 @@ def test_a_value_outside_the_choices_lists_them(config, key, value, fix):
         (DataConfig, "min_frames"),
         (DataConfig, "max_frames"),
         (DataConfig, "shuffle_buffer"),
+        (DataConfig, "packing_length"),
+        (DataConfig, "packing_max_patches"),
         (LoopConfig, "early_stopping_patience"),
         (LoopConfig, "max_empty_batches"),
     ],
@@ -219,4 +226,4 @@ def test_to_dict_is_flat_with_own_defaults_and_the_given_training_keys():
     assert flat["model_path"] == "m"
     assert flat["text_max_length"] == 4096
     assert (flat["trainer"], flat["output_dir"], flat["seed"]) == ("trl", "o", 7)
-    assert len(flat) == 9 + 19 + 7 + 21 + 2
+    assert len(flat) == 9 + 23 + 8 + 21 + 2

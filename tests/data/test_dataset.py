@@ -1,15 +1,29 @@
 """What is kept, what is left out, and when the work is done again."""
 
 import json
+import math
+import multiprocessing
 import os
+import pickle
+import signal
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from vlmtune.core.errors import DataError
+from vlmtune.data import preparation
 from vlmtune.data.conversation import Conversation
-from vlmtune.data.dataset import PreparedData, prepare_dataset
+from vlmtune.data.dataset import FEATURES, ArrowRows, PreparedData, prepare_dataset
+from vlmtune.data.images import check_image
+from vlmtune.data.preparation import Totals
 from vlmtune.data.sources import Source
 
 
@@ -46,12 +60,21 @@ class Checks:
             sizes.append(Path(file).stat().st_size)
         return sizes
 
-    def measure(self, conversation: Conversation, sizes: list[int]) -> tuple[int, int]:
+    def encode(self, conversation: Conversation, sizes: list[int]) -> dict[str, Any]:
         if "tremble" in conversation.turns[0].text:
             raise DataError(conversation.where("conversations"), "has a rattle.", "mend it.")
-        words = sum(len(turn.text.split()) for turn in conversation.turns)
+        words = [len(word) for turn in conversation.turns for word in turn.text.split()]
         trained = sum(len(turn.text.split()) for turn in conversation.turns if turn.trained)
-        return words + sum(sizes), 0 if "cut" in conversation.turns[0].text else trained
+        trained = 0 if "cut" in conversation.turns[0].text else trained
+        return {
+            "ids": np.array(words, np.int32),
+            "trained": np.array([len(words) - trained, len(words)], np.int32),
+            "grids": np.array(sizes, np.int32),
+            "length": len(words) + sum(sizes),
+            "trained_tokens": trained,
+            "patches": sum(sizes),
+            "patches_squared": sum(size**2 for size in sizes),
+        }
 
 
 @pytest.fixture
@@ -71,7 +94,7 @@ def prepare(checks):
         return prepare_dataset(
             [Source(Path(path).stem, path, folder) for path in paths],
             check_files=check_files or checks.check_files,
-            measure=checks.measure,
+            encode=checks.encode,
             skip_bad=skip_bad,
             fingerprint=by,
         )
@@ -98,15 +121,16 @@ def test_a_sample_becomes_a_row_that_trl_leaves_alone(write, prepare, tmp_path):
             "id": "one",
             "source": path,
             "record": 1,
-            "turns": [
-                {"role": "user", "text": "<image>\nWhat?", "trained": False},
-                {"role": "assistant", "text": "A cat.", "trained": True},
-            ],
             "image_files": [str(tmp_path / "a.png")],
             "video_file": None,
             "frame_files": [],
+            "ids": [7, 5, 1, 4],
+            "trained": [2, 4],
+            "grids": [5],
             "length": 9,
             "trained_tokens": 2,
+            "patches": 5,
+            "patches_squared": 25,
         }
     ]
 
@@ -440,25 +464,26 @@ def test_all_records_are_parsed_before_the_first_file_is_opened(write, prepare, 
     assert checks.checked == []
 
 
-def test_records_are_read_a_few_ahead_of_the_one_written(write, prepare, monkeypatch):
+def test_records_are_read_a_few_ahead_of_the_one_written(write, prepare, processes, monkeypatch):
     taken, ahead = [], []
-    real = Source.records
+    records, add = Source.records, Totals.add
 
-    def records(source):
-        for index, given in real(source):
+    def counted(source):
+        for index, given in records(source):
             taken.append(index)
             yield index, given
 
-    def check(conversation):
-        ahead.append(len(taken) - 3000 - conversation.record)
-        return []
+    def written(totals, *batch):
+        add(totals, *batch)
+        ahead.append(len(taken) - 3000 - sum(totals.sizes))
 
-    monkeypatch.setattr(Source, "records", records)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(Source, "records", counted)
+    monkeypatch.setattr(Totals, "add", written)
+    processes(2)
     path = write("d.json", [record(str(i)) for i in range(3000)])
-    assert len(prepare(path, check_files=check).dataset) == 3000
+    assert len(prepare(path).dataset) == 3000
     assert len(taken) == 6000
-    assert max(ahead) < 200
+    assert max(ahead) == 4 * preparation.CHUNK
 
 
 def test_sets_keep_their_folder_and_format(write, prepare, checks, tmp_path):
@@ -471,11 +496,12 @@ def test_sets_keep_their_folder_and_format(write, prepare, checks, tmp_path):
             Source("d", write("d.json", [record("one")])),
         ],
         check_files=checks.check_files,
-        measure=checks.measure,
+        encode=checks.encode,
         skip_bad=False,
         fingerprint="t",
     )
-    assert [row["turns"][0]["role"] for row in prepared.dataset] == ["plain", "user"]
+    # "<image>" and "A cat." alone, without the words of a question.
+    assert prepared.dataset["ids"][0] == [7, 1, 4]
     assert prepared.dataset[0]["image_files"] == [str(tmp_path / "pics/a.png")]
     assert prepared.sizes == [1, 1]
 
@@ -487,7 +513,220 @@ def test_caption_that_was_cut_off_is_listed_with_its_field(write, checks, tmp_pa
         prepare_dataset(
             [Source("c", path, str(tmp_path), "caption")],
             check_files=checks.check_files,
-            measure=checks.measure,
+            encode=checks.encode,
             skip_bad=False,
             fingerprint="t",
         )
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """`processes(n)`: from now on n processes do the work, or for 0 this one."""
+
+    def use(number: int) -> None:
+        monkeypatch.setattr(preparation, "ALONE", 0 if number else math.inf)
+        monkeypatch.setattr(preparation, "usable_cores", lambda: max(1, number))
+
+    return use
+
+
+def test_other_processes_are_started_when_the_work_has_taken_a_while(
+    write, prepare, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(preparation, "ALONE", 0.5)
+    monkeypatch.setattr(preparation, "usable_cores", lambda: 2)
+    log = tmp_path / "log.txt"
+
+    def slow(conversation):
+        time.sleep(0.01)
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return []
+
+    assert len(prepare(write("few.json", [record("a")] * 8), check_files=slow).dataset) == 8
+    assert set(log.read_text().split()) == {str(os.getpid())}
+    log.unlink()
+    assert len(prepare(write("many.json", [record("a")] * 240), check_files=slow).dataset) == 240
+    counts = Counter(log.read_text().split())
+    assert 1 <= counts.pop(str(os.getpid())) <= 63
+    assert len(counts) == 2
+
+
+def test_first_records_of_a_source_are_handed_out_a_few_at_a_time(write, tmp_path, checks):
+    """One process alone would be minutes with the first of long videos."""
+    given = [record(str(i)) for i in range(100)]
+    sources = [Source(name, write(f"{name}.json", given)) for name in "ab"]
+    made = preparation.Preparation(
+        sources, checks.check_files, checks.encode, False, FEATURES.arrow_schema
+    )
+    sizes = [len(records) for number, records in made._chunks() if number == 1]
+    assert sizes == [1, 2, 4, 8, 16, 32, 32, 5]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(
+    write, prepare, processes, cache, tmp_path, monkeypatch
+):
+    write("a.png", "12345")
+    records = [record(str(i), "Why? " * (i % 7), answer="Yes. " * (1 + i % 5)) for i in range(900)]
+    records[70] = record("70", "<image>", image="a.png")
+    for i, bad in [(5, {"answer": ""}), (300, {"image": "no.png", "question": "<image>"})]:
+        records[i] = record(str(i), **bad)
+    records[600] = record("600", "Why tremble?")
+    paths = [write("1.json", records), write("2.jsonl", "\n".join(map(json.dumps, records[:100])))]
+    written = []
+    for number in (0, 1, 3):
+        processes(number)
+        monkeypatch.setattr("vlmtune.data.dataset.HF_DATASETS_CACHE", str(cache / str(number)))
+        prepared = prepare(*paths, folder=str(tmp_path), skip_bad=True)
+        assert prepared.sizes == [897, 99]
+        [folder] = (cache / str(number) / "vlmtune").iterdir()
+        written.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert set(written[0]) == {
+        "data.arrow",
+        "totals.json",
+        "media.json",
+        "left_out.json",
+        "recheck",
+    }
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("kind", ["file", "fit"])
+def test_first_bad_sample_of_several_processes_stops_the_preparation(
+    write, prepare, processes, cache, kind
+):
+    processes(3)
+    bad, place, what = BAD[kind]
+    good = [record(str(i)) for i in range(400)]
+    path = write("d.json", [*good, bad, *good, {**bad, "id": "later"}])
+    with pytest.raises(DataError) as error:
+        prepare(path)
+    assert error.value.where == f'{path}, record 401 (id "two"), {place}'
+    assert error.value.what == what
+    assert psutil.Process().children() == []
+    assert not list(cache.glob("*"))
+
+
+def test_killed_process_is_an_error(write, prepare, processes, cache):
+    def check(conversation):
+        if conversation.record == 500:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    processes(2)
+    path = write("d.json", [record(str(i)) for i in range(900)])
+    with pytest.raises(DataError) as error:
+        prepare(path, check_files=check)
+    assert (error.value.where, error.value.what) == (
+        path,
+        "a process that checked the data was killed.",
+    )
+    assert psutil.Process().children() == []
+    assert not list(cache.glob("*"))
+
+
+def test_several_processes_read_the_images_of_a_table(write, prepare, processes, tmp_path):
+    images = []
+    for side in (20, 30):
+        Image.new("RGB", (side, 10)).save(tmp_path / "a.png")
+        images.append((tmp_path / "a.png").read_bytes())
+    turns = record("")["conversations"]
+    turns[0]["value"] = "<image>"
+    rows = [{"id": str(i), "image": images[i % 2], "conversations": turns} for i in range(300)]
+    rows[250]["image"] = images[0][:-50]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+
+    def check(conversation):
+        return check_image(conversation.images[0], conversation.where("image"))
+
+    processes(2)
+    path = str(tmp_path / "t.parquet")
+    text = write("d.json", [record("text")] * 100)
+    prepared = prepare(path, text, skip_bad=True, check_files=lambda c: c.images and check(c))
+    assert prepared.sizes == [299, 100]
+    assert [entry["record"] for entry in prepared.left_out] == [251]
+    assert prepared.dataset["grids"][:2] == [[10, 20], [10, 30]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_preparation_leaves_no_process_and_nothing_to_be_used(
+    write, prepare, checks, processes, cache, tmp_path, number
+):
+    workers = tmp_path / "workers.txt"
+
+    def slow(conversation):
+        if conversation.record % preparation.CHUNK == 1:
+            with workers.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        time.sleep(0.001)
+        return checks.check_files(conversation)
+
+    def run():
+        # A shell that starts the tests in the background has SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        prepare(path, check_files=slow)
+
+    processes(2)
+    path = write("d.json", [record(str(i)) for i in range(6000)])
+    stopped = multiprocessing.get_context("fork").Process(target=run)
+    stopped.start()
+    while not any(file.stat().st_size > 10_000 for file in cache.glob(".partial-*/data.arrow")):
+        assert stopped.is_alive()
+        time.sleep(0.005)
+    assert stopped.pid
+    os.kill(stopped.pid, number)
+    stopped.join()
+    assert stopped.exitcode == (1 if number == signal.SIGINT else -number)
+    left = {int(pid) for pid in workers.read_text().split()}
+    assert len(left) == 2
+    until = time.monotonic() + 20
+    while left := {pid for pid in left if is_running(pid)}:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+    assert len(list(cache.glob(".partial-*"))) == (0 if number == signal.SIGINT else 1)
+
+    processes(0)
+    assert len(prepare(path).dataset) == len(checks.checked) == 6000
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_columns_of_numbers_come_as_arrays(write, prepare):
+    prepared = prepare(write("d.json", [record("a"), record("b", "Why is it so?")]))
+    for name, expected in {"length": [5, 6], "trained_tokens": [2, 2], "patches": [0, 0]}.items():
+        column = prepared.column(name)
+        assert column.dtype == np.int64
+        assert column.tolist() == expected
+
+
+def test_rows_read_one_by_one_are_those_of_the_dataset(write, prepare, tmp_path):
+    write("a.png", "12345")
+    records = [record(f"r{i}", "Why? " * (1 + i % 7)) for i in range(2500)]
+    records[1234] = record("r1234", "<image>", image="a.png")
+    dataset = prepare(write("d.json", records), folder=str(tmp_path)).dataset
+    rows = ArrowRows(dataset)
+    assert len(rows) == 2500
+    for read in (rows, pickle.loads(pickle.dumps(rows))):
+        for index in (0, 999, 1000, 1234, 2499):
+            row = read[index]
+            assert all(row[name].dtype == np.int32 for name in ("ids", "trained", "grids"))
+            assert {
+                name: value.tolist() if isinstance(value, np.ndarray) else value
+                for name, value in row.items()
+            } == dataset[index]
+    assert [row["id"] for row in rows] == dataset["id"][:]
+    assert len(pickle.dumps(rows)) < 10_000
+    for outside in (-1, 2500):
+        with pytest.raises(IndexError):
+            rows[outside]
+
+
+def test_selected_rows_are_refused(write, prepare):
+    dataset = prepare(write("d.json", [record("a"), record("b"), record("c")])).dataset
+    with pytest.raises(ValueError, match="indices mapping"):
+        ArrowRows(dataset.select([2, 0]))

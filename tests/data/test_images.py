@@ -97,6 +97,61 @@ def test_truncated_image_is_refused(file, form, left):
     assert error.fix == "replace or remove it."
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_image_cut_anywhere_is_refused(file, form):
+    whole = as_bytes(picture(), form)
+    # All pixels of a PNG are there before its last checksums.
+    for left in [*range(1, len(whole) - 20, 97), len(whole) - (21 if form == "PNG" else 1)]:
+        assert error_of(file(whole[:left])).fix == "replace or remove it."
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_image_whose_end_was_never_written_is_refused(file, form, progressive):
+    """Space was given to the file, and zeros stand there. Pillow reads them as grey in a JPEG."""
+    buffer = io.BytesIO()
+    picture().save(buffer, form, progressive=progressive)
+    whole = buffer.getvalue()
+    for left in [*range(1, len(whole) - 20, 97), len(whole) - (21 if form == "PNG" else 1)]:
+        path = file(whole[:left].ljust(len(whole), b"\0"))
+        assert error_of(path).fix == "replace or remove it."
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "MPO"])
+def test_whole_image_is_not_decoded(file, form, monkeypatch):
+    monkeypatch.setattr("vlmtune.data.images.decode", None)
+    assert check_image(file(as_bytes(picture(), form)), WHERE) == (47, 33)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "MPO"])
+def test_whole_image_that_is_decoded_too_passes(file, form):
+    path = file(as_bytes(picture(), form) + b"\0\0more\0\0")
+    assert check_image(path, WHERE, decode_whole=True) == (47, 33)
+
+
+def test_webp_broken_inside_is_refused(file):
+    content = bytearray(as_bytes(picture().resize((330, 470)), "WEBP"))
+    content[10_000:10_032] = bytes(32)
+    path = file(bytes(content))
+    assert error_of(path).what.startswith(f"{path} is corrupt: ")
+
+
+def test_jpeg_broken_inside_is_found_by_decoding_it(file):
+    content = bytearray(as_bytes(picture(), "JPEG"))
+    content[1000:1002] = b"\xff\xc4"  # a table of codes among the pixels
+    path = file(bytes(content))
+    assert check_image(path, WHERE) == (47, 33)
+    error = error_of(path, lambda path, where: check_image(path, where, decode_whole=True))
+    assert error.what.startswith(f"{path} is corrupt: broken data stream")
+    with open_image(path, WHERE) as image, pytest.raises(DataError, match="is corrupt: "):
+        decode(image, path, WHERE)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_bytes_after_the_end_are_no_fault(file, form):
+    assert check_image(file(as_bytes(picture(), form) + b"\0\0more\0\0"), WHERE) == (47, 33)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
 def test_truncated_image_with_a_good_header_is_called_corrupt(file, form):
     whole = as_bytes(picture(), form)

@@ -11,6 +11,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks/data_memory.py"
 CHILD = """
 import json, pathlib, runpy, sys
+from vlmtune.data import preparation
+preparation.ALONE = 0  # the memory of other processes counts, in both
 script = runpy.run_path(sys.argv[1])
 peaks = []
 for count in (20_000, 60_000):

@@ -21,14 +21,25 @@ class Checks:
     def __init__(self, log: Path):
         self.log = log
 
-    def check_files(self, conversation: Conversation) -> None:
-        with self.log.open("a") as file:
-            file.write(f"{conversation.id}\n")
+    def row(self, conversation: Conversation) -> dict[str, Any]:
+        if conversation.turns[-1].trained:  # the row that trains nothing is made
+            with self.log.open("a") as file:
+                file.write(f"{conversation.id}\n")
         if "bad" in conversation.turns[0].text:
             raise DataError(conversation.where("image"), "is bad.", "mend it.")
 
-    def measure(self, conversation: Conversation, sizes: None) -> tuple[int, int]:
-        return 3, 0 if "cut" in conversation.turns[0].text else 2
+        trained = [1, 3] if conversation.turns[-1].trained else []
+        trained = [] if "cut" in conversation.turns[0].text else trained
+        return {
+            **conversation.to_row(),
+            "ids": [7, 8, 9],
+            "trained": trained,
+            "grids": [],
+            "length": 3,
+            "trained_tokens": len(trained),
+            "patches": 0,
+            "patches_squared": 0,
+        }
 
     def looked(self) -> list[int]:
         return [int(line) for line in self.log.read_text().split()] if self.log.exists() else []
@@ -58,9 +69,7 @@ def stream(tmp_path, checks):
             identity += len(questions)
         settings: dict[str, Any] = {"batch": 2, "seed": 0, "shuffle_buffer": 4, "skip_bad": False}
         settings |= keys
-        return RecordStream(
-            sources, checks.check_files, checks.measure, ledger=tmp_path / "bad.jsonl", **settings
-        )
+        return RecordStream(sources, checks.row, ledger=tmp_path / "bad.jsonl", **settings)
 
     return make
 
@@ -107,15 +116,16 @@ def test_row_is_that_of_a_prepared_dataset(stream, tmp_path):
         "id": "0",
         "source": str(tmp_path / "0.jsonl"),
         "record": 1,
-        "turns": [
-            {"role": "user", "text": "Hi", "trained": False},
-            {"role": "assistant", "text": "Yes.", "trained": True},
-        ],
         "image_files": [],
         "video_file": None,
         "frame_files": [],
+        "ids": [7, 8, 9],
+        "trained": [1, 3],
+        "grids": [],
         "length": 3,
         "trained_tokens": 2,
+        "patches": 0,
+        "patches_squared": 0,
     }
     assert set(row) == set(FEATURES)
 
@@ -200,8 +210,8 @@ def test_bad_samples_are_left_out_of_their_batch_and_listed(stream, tmp_path):
     ]
     # Nothing is left of the third: a row that trains nothing keeps the ranks in step.
     [blank] = rows[2]
-    assert blank["turns"] == [{"role": "user", "text": "", "trained": False}]
-    assert (blank["length"], blank["trained_tokens"]) == (0, 0)
+    assert (blank["ids"], blank["length"]) == ([7, 8, 9], 3)
+    assert (blank["trained"], blank["trained_tokens"]) == ([], 0)
     entries = [json.loads(line) for line in given.ledger.read_text("utf-8").splitlines()]
     path = str(tmp_path / "0.jsonl")
     assert [(e["file"], e["record"], e["id"], e["pass"]) for e in entries] == [
@@ -251,5 +261,5 @@ def test_host_sees_the_columns_and_nothing_is_read_for_it(stream, checks, tmp_pa
     dataset = given.for_host()
     assert dataset.column_names == list(FEATURES)
     [row] = list(dataset)
-    assert row["turns"] == [{"role": "user", "text": "", "trained": False}]
+    assert (row["id"], row["ids"], row["trained"]) == ("", [7, 8, 9], [])
     assert checks.looked() == []

@@ -258,7 +258,10 @@ class Checks:
         return prepare_dataset(
             [Source("x", source)],
             check_files=self.check_files,
-            measure=lambda conversation, sizes: (2, 1),
+            encode=lambda conversation, sizes: {
+                **{"ids": [7, 8], "trained": [1, 2], "grids": []},
+                **{"length": 2, "trained_tokens": 1, "patches": 0, "patches_squared": 0},
+            },
             skip_bad=False,
             fingerprint="t",
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlmtune.core.errors import DataError
 from vlmtune.data.images import check_video, read_video
@@ -39,6 +40,10 @@ def video(av, tmp_path):
     return write
 
 
+def read(path: str, where: str, indices=(0,)) -> list[Image.Image]:
+    return list(read_video(path, where, indices))
+
+
 def error_of(call) -> DataError:
     with pytest.raises(DataError) as error:
         call()
@@ -52,11 +57,9 @@ def test_check_counts_the_frames_and_tells_height_and_width(video, name):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv"])
-@pytest.mark.parametrize(
-    "indices", [[0], [5], [0, 1, 2, 3, 4, 5], [1, 4], [0, 0, 3, 5, 5], [4, 0, 2], []]
-)
-def test_frames_come_in_the_order_asked_for(video, name, indices):
-    frames = read_video(video(name), WHERE, indices)
+@pytest.mark.parametrize("indices", [[0], [5], [0, 1, 2, 3, 4, 5], [1, 4], [0, 0, 3, 5, 5], []])
+def test_frames_are_those_asked_for(video, name, indices):
+    frames = read(video(name), WHERE, indices)
     assert [frame.size for frame in frames] == [(48, 32)] * len(indices)
     # The codec is lossy; the levels are 40 apart.
     means = [float(np.asarray(frame).mean()) for frame in frames]
@@ -65,12 +68,18 @@ def test_frames_come_in_the_order_asked_for(video, name, indices):
 
 def test_reading_behind_the_end_is_refused(video):
     path = video()
-    error = error_of(lambda: read_video(path, WHERE, [2, 8, 6]))
+    error = error_of(lambda: read(path, WHERE, [2, 6, 8]))
     assert error.what == f"{path} ends before frame 6."
     assert error.fix == "replace or remove it."
 
 
-@pytest.mark.parametrize("read", [check_video, lambda path, at: read_video(path, at, [0])])
+def test_frames_are_given_before_the_end_is_missed(video):
+    frames = read_video(video(), WHERE, [2, 6])
+    assert np.asarray(next(frames)).mean() == pytest.approx(LEVELS[2], abs=5)
+    assert error_of(lambda: next(frames)).what.endswith("ends before frame 6.")
+
+
+@pytest.mark.parametrize("read", [check_video, read])
 class TestRefused:
     def test_missing(self, av, tmp_path, read):
         path = str(tmp_path / "a.mp4")
@@ -137,21 +146,21 @@ def test_frames_behind_the_last_one_wanted_are_not_decoded(video):
     content = bytearray(Path(path).read_bytes())
     content[start : start + 60] = bytes(60)
     Path(path).write_bytes(content)
-    assert len(read_video(path, WHERE, [1, 0])) == 2
+    assert len(read(path, WHERE, [0, 1])) == 2
 
 
 def test_shortened_video_has_the_frames_left(shortened):
     path = shortened(3)
     assert check_video(path, WHERE) == (3, 32, 48)
-    assert len(read_video(path, WHERE, [0, 1, 2])) == 3
-    assert error_of(lambda: read_video(path, WHERE, [0, 3])).what == f"{path} ends before frame 3."
+    assert len(read(path, WHERE, [0, 1, 2])) == 3
+    assert error_of(lambda: read(path, WHERE, [0, 3])).what == f"{path} ends before frame 3."
 
 
 def test_video_without_frames_is_refused(shortened):
     path = shortened(0)
     error = error_of(lambda: check_video(path, WHERE))
     assert (error.what, error.fix) == (f"{path} has no video frames.", "replace or remove it.")
-    assert error_of(lambda: read_video(path, WHERE, [0])).what == f"{path} ends before frame 0."
+    assert error_of(lambda: read(path, WHERE, [0])).what == f"{path} ends before frame 0."
 
 
 def test_frames_hidden_by_a_trim_are_not_counted(av, tmp_path):
@@ -186,7 +195,7 @@ def test_damaged_frame_is_refused(video):
     content[start : start + 60] = bytes(60)
     Path(path).write_bytes(content)
     assert check_video(path, WHERE) == (6, 32, 48)
-    error = error_of(lambda: read_video(path, WHERE, [0, 5]))
+    error = error_of(lambda: read(path, WHERE, [0, 5]))
     assert error.what.startswith(f"{path} cannot be decoded: ")
 
 
@@ -196,6 +205,6 @@ def test_video_cut_anywhere_is_read_or_refused(video, name):
     for length in reversed(range(Path(path).stat().st_size)):
         os.truncate(path, length)
         try:
-            read_video(path, WHERE, range(check_video(path, WHERE)[0]))
+            read(path, WHERE, range(check_video(path, WHERE)[0]))
         except DataError as error:
             assert error.where == WHERE

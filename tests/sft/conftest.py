@@ -58,6 +58,8 @@ def flags(model: Path, folder: Path, keys: dict) -> list[str]:
         "report_to": "none",
         "logging_steps": 1,
         "warmup_steps": 0,
+        # A process of its own costs more than these small samples.
+        "dataloader_num_workers": 0,
         **keys,
     }
     return [w for k, v in settings.items() if v is not None for w in (f"--{k}", str(v))]

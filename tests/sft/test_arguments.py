@@ -157,6 +157,12 @@ def test_a_metric_of_one_of_several_sets_is_known(arguments, metric):
         ),
         ({"fp16": True}, "fp16", "float16 is not computed on a CPU"),
         ({"torch_dtype": "float16"}, "torch_dtype", "float16 is not computed on a CPU"),
+        (
+            {"train_sampling_strategy": "batch_rebalance"},
+            "train_sampling_strategy",
+            '"batch_rebalance" is an order of the host, which our batches do not follow',
+        ),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size", "is 0"),
         ({"max_steps": 0}, "max_steps", "is 0, so nothing would be trained"),
         ({"num_train_epochs": 0}, "num_train_epochs", "is 0, so nothing would be trained"),
         (

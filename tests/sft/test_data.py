@@ -173,6 +173,24 @@ def test_stream_of_nothing_is_refused_before_the_run(load, content, what):
     assert error.value.what.startswith(what)
 
 
+def test_jpeg_broken_inside_is_listed_where_bad_samples_are_left_out(load, folder):
+    picture("a.jpg")
+    content = bytearray((folder / "a.jpg").read_bytes())
+    content[700:702] = b"\xff\xc4"  # a table of codes among the pixels
+    (folder / "b.jpg").write_bytes(content)
+    write("a.json", [record(name, "<image>", image=f"{name}.jpg") for name in "ab"])
+    data = load(data_path="a.json", on_bad_sample="skip")
+    assert ids(data) == ["a"]
+    [line] = (folder / "out" / "bad_samples.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["record"] == 2
+    assert json.loads(line)["what"].startswith("b.jpg is corrupt: broken data stream")
+    # Where it ends the run, it does so when it is trained on.
+    data = load(data_path="a.json")
+    assert ids(data) == ["a", "b"]
+    with pytest.raises(DataError, match=r"b\.jpg is corrupt: broken data stream"):
+        PaddedCollator(data.encoder)([data.train.dataset[1]])
+
+
 @pytest.fixture
 def opened(monkeypatch, folder):
     """`opened()` is the set of images opened so far, by loader processes too."""

@@ -48,7 +48,7 @@ def test_out_of_memory_names_the_batch_and_two_things_to_change(action):
     assert failure.where == f"rank 0, step 4, {BATCH}"
     assert failure.what.startswith("out of memory: ")
     assert "halve per_device_train_batch_size and double gradient_accumulation" in failure.fix
-    assert "lower multimodal_max_length and the pixel limits" in failure.fix
+    assert "lower packing_length, multimodal_max_length or the pixel limits" in failure.fix
 
 
 def test_a_gpu_out_of_memory_is_told_alike():
@@ -234,14 +234,14 @@ def test_a_file_that_breaks_during_the_run_is_told_with_step_and_sample(
         "logging_steps": 1,
     }
     flags = [word for key, value in whole.items() for word in (f"--{key}", str(value))]
-    check = Image.Image.load
+    load, whole_file = Image.Image.load, pictures[5].read_bytes()
 
     def broken_after_the_check(image, *args):
-        if getattr(image, "filename", None) == str(pictures[7]):
-            pictures[5].write_bytes(pictures[5].read_bytes()[:70])
-        return check(image, *args)
+        if getattr(image, "filename", None) == str(pictures[0]):
+            pictures[5].write_bytes(whole_file[:70])
+        return load(image, *args)
 
-    # The check reads the pictures in order, so the sixth is whole when it is checked.
+    # The check decodes no PNG: the first picture is loaded by the first batch.
     monkeypatch.setattr(Image.Image, "load", broken_after_the_check)
     assert main(["train", "configs/presets/quickstart.json", *flags]) == 1
     told = capsys.readouterr().err

@@ -17,6 +17,7 @@ from vlmtune.collators.padded import PaddedCollator
 from vlmtune.configs.load import load_config
 from vlmtune.core.errors import DataError
 from vlmtune.sft.arguments import training_arguments
+from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
 from vlmtune.sft.modules import apply_train_modules
 from vlmtune.sft.train import load_model, load_processor
@@ -72,7 +73,8 @@ def prepared(tiny_ovis, eight, tmp_path):
         model = load_model(config, "float32")
         modules = apply_train_modules(model, config.model, args.learning_rate)
         taken = GradientsOfSteps()
-        trainer = make_trainer(config, model, args, data, modules, [taken], {})
+        batches = train_batches(args, data, None, rank=0, world=1)
+        trainer = make_trainer(config, model, args, data, batches, modules, [taken], {})
         return SimpleNamespace(trainer=trainer, model=model, data=data, steps=taken.steps)
 
     return make
@@ -99,6 +101,9 @@ def by_hand(run: SimpleNamespace, samples: Sequence[int]) -> tuple[float, Gradie
         batch = collator([rows[i]])
         labels = batch.pop("labels")
         batch.pop("sample_ids")
+        if "pixel_values" in batch:
+            normalise = run.data.encoder.processor.image_processor.normalise
+            batch["pixel_values"] = normalise(batch["pixel_values"])
         logits = model(**batch).logits
         part = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum") / total
         part.backward()

@@ -13,7 +13,9 @@ from vlmtune.sft.output import check_output_dir, check_resumable, remove_checkpo
 RUN = {
     "global_batch": 16,
     "processes": 1,
-    "config": {"train_modules": "all", "freeze_llm": False, "freeze_vision_tower": False},
+    "config": {"train_modules": "all", "freeze_llm": False, "freeze_vision_tower": False}
+    | {"text_max_length": 4096},
+    "training_arguments": {"train_sampling_strategy": "random", "seed": 42, "data_seed": None},
 }
 
 
@@ -72,6 +74,17 @@ def test_the_run_that_wrote_a_checkpoint_may_resume_it(checkpoint, tmp_path):
             'was written with train_modules "all", this run has "vte"',
         ),
         ({}, ("--freeze_llm",), "was written with freeze_llm false, this run has true"),
+        ({}, ("--packing=true",), "was written with packing false, this run has true"),
+        (
+            {},
+            ("--packing=true", "--packing_length=64"),
+            "was written with packing false, this run has true",
+        ),
+        (
+            {},
+            ("--text_max_length=64",),
+            "was written with text_max_length 4096, this run has 64",
+        ),
         ({"states": "none"}, (), "holds no optimizer states without DeepSpeed"),
         ({"states": "global"}, (), "holds no optimizer states without DeepSpeed"),
     ],
@@ -84,3 +97,22 @@ def test_another_run_may_not(checkpoint, tmp_path, written, words, what):
     assert caught.value.fix.endswith(
         "or start a new run with the checkpoint as model_path, an adapter's as adapter_path"
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"seed": 3}, "was written with seed 42, this run has 3"),
+        ({"data_seed": 3}, "was written with data_seed null, this run has 3"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            'was written with train_sampling_strategy "random", this run has "group_by_length"',
+        ),
+    ],
+)
+def test_a_run_of_another_order_may_not_but_a_stream_has_its_own(checkpoint, tmp_path, keys, what):
+    args, folder = arguments(tmp_path, **keys), checkpoint()
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(folder, config(), args)
+    assert caught.value.what == f"checkpoint-3 {what}"
+    check_resumable(folder, config("--streaming=true", "--max_steps=9"), args)

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -11,9 +12,12 @@ from transformers import Trainer
 from trl.trainer.sft_config import SFTConfig
 
 from vlmtune.configs.load import load_config
+from vlmtune.core.errors import ConfigError
 from vlmtune.data.dataset import PreparedData, Totals
+from vlmtune.data.mixing import MixSampler
+from vlmtune.data.packing import RowBounds
 from vlmtune.sft.arguments import training_arguments
-from vlmtune.sft.batches import EpochBatches, sequential
+from vlmtune.sft.batches import Packing, train_batches
 from vlmtune.sft.data import RunData
 from vlmtune.sft.modules import TrainedModule
 from vlmtune.sft.plan import banner, schedule
@@ -50,27 +54,22 @@ from vlmtune.sft.plan import banner, schedule
         ),
     ],
 )
-def test_schedule(samples, ranks, keys, expected, monkeypatch, tmp_path):
+def test_schedule(samples, ranks, keys, expected, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **keys)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    plan = schedule(samples, args)
+    plan = schedule(train_batches(args, run_data(samples), None, 0, ranks), args)
     assert (plan.per_epoch, plan.total) == expected
 
 
-@pytest.mark.parametrize("drop", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_loader_has_as_many_batches_as_the_schedule_steps(ranks, drop, monkeypatch, tmp_path):
-    args = SFTConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=3,
-        dataloader_drop_last=drop,
+def test_an_epoch_without_a_batch_is_refused(tmp_path):
+    keys = {"per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **keys)
+    with pytest.raises(ConfigError) as error:
+        schedule(train_batches(args, run_data(7), None, 0, 2), args)
+    assert str(error.value) == (
+        "dataloader_drop_last:\n"
+        "  drops everything: 7 samples fill no batch of 4 on 2 processes.\n"
+        "  Fix: lower per_device_train_batch_size, or leave dataloader_drop_last out."
     )
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    for samples in range(9, 30):
-        batches = EpochBatches(sequential(samples), samples, samples, 3, 0, ranks, drop)
-        assert len(batches) == len(list(batches)) == schedule(samples, args).per_epoch
 
 
 def test_trainer_counts_the_same_steps(tmp_path):
@@ -88,7 +87,8 @@ def test_trainer_counts_the_same_steps(tmp_path):
         trainer = Trainer(Line(), args, train_dataset=Dataset.from_dict({"x": range(20)}))
         trainer.data_collator = _column
         trainer.train()
-        assert trainer.state.max_steps == schedule(20, args).total
+        batches = train_batches(args, run_data(20), None, 0, 1)
+        assert trainer.state.max_steps == schedule(batches, args).total
 
 
 class Line(torch.nn.Module):
@@ -109,7 +109,13 @@ def _column(rows):
 
 def prepared(size: int, *left_out: dict[str, Any]) -> PreparedData:
     totals = Totals([size], tokens=20_000, trained_tokens=2_500, longest=1_234)
-    return PreparedData(Dataset.from_dict({"x": range(size)}), [*left_out], totals)
+    columns = {"length": [10, 30] * (size // 2) + [10] * (size % 2), "patches": [0] * size}
+    return PreparedData(Dataset.from_dict(columns), [*left_out], totals)
+
+
+def run_data(size: int, **parts) -> RunData:
+    encoder: Any = None
+    return RunData(encoder, prepared(size), {}, **parts)
 
 
 @pytest.fixture
@@ -117,12 +123,14 @@ def told(tmp_path, monkeypatch):
     """`told(data, key=value)` is the banner of a run of `Line` with those keys."""
     monkeypatch.chdir(tmp_path)
 
-    def tell(data: RunData, **keys) -> list[str]:
+    def tell(data: RunData, packing: Packing | None = None, world: int = 1, **keys) -> list[str]:
         given = {"model_path": "m", "data_path": "d", "output_dir": "out", "use_cpu": True} | keys
         config = load_config([word for k, v in given.items() for word in (f"--{k}", str(v))])
         model: Any = Line()
         modules = [TrainedModule("w", 2e-5, {"w": model.w})]
-        return banner(config, training_arguments(config), model, modules, data).splitlines()
+        args = training_arguments(config)
+        batches = None if data.stream else train_batches(args, data, packing, 0, world)
+        return banner(config, args, model, modules, data, batches).splitlines()
 
     return tell
 
@@ -137,6 +145,8 @@ def test_banner_of_a_run(told):
         "  trained  1 of 2,000 parameters (0.1%)",
         "  samples  1,000 train, 7 eval, 3 left out (bad_samples.jsonl)",
         "  tokens   20,000 in the data, longest sample 1,234, 12.5% trained",
+        # Two batches of 8 have both lengths, 10 and 30: one step's, and what fills no step.
+        "  padding  1.2% of the first epoch's batches",
         "  steps    48 = 32 per epoch, 1.50 epochs",
         "  batch    32 = 8 per device x 4 accumulation x 1 processes",
         "  trainer  trl, learning rate 2e-05 = 1e-05 x sqrt(32 / 8), fp32 on cpu",
@@ -147,13 +157,28 @@ def test_banner_of_a_run(told):
 
 
 def test_banner_of_a_mixed_epoch_counts_what_is_drawn(told):
-    encoder: Any = None
-    sampler: Any = range(320)
-    data = RunData(encoder, prepared(1000), {}, sampler=sampler)
+    data = run_data(1000, sampler=MixSampler([200, 800], [0, 0.4], seed=0))
     lines = told(data, per_device_train_batch_size=32, learning_rate=3e-4, trainer="standard")
     assert "  samples  320 train, 0 eval" in lines
     assert "  steps    30 = 10 per epoch, 3.00 epochs" in lines
     assert "  trainer  standard, learning rate 0.0003, fp32 on cpu" in lines
+
+
+def test_banner_tells_the_padding_of_the_first_epoch(told):
+    keys = {"per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+    # Each batch has 10 and 30 tokens: 20 of 60 are padding.
+    assert "  padding  33.3% of the first epoch's batches" in told(run_data(100), **keys)
+
+
+def test_banner_of_packed_rows(told):
+    packing = Packing(RowBounds(80), np.array([1.0, 3.0] * 50))
+    lines = told(run_data(100), packing, per_device_train_batch_size=2)
+    # 50 x 30 in rows of two with two of 10, 25 rows.
+    assert "  rows     25 of 80 tokens, 100.0% filled, 4.0 samples each" in lines
+    assert "  steps    39 = 13 per epoch, 3.00 epochs" in lines
+    lines = told(run_data(100), packing, world=2, per_device_train_batch_size=1)
+    start = "  rows     25 of 80 tokens, 100.0% filled, 4.0 samples each, processes balanced to 1."
+    assert [line for line in lines if line.startswith(start)]
 
 
 def test_banner_of_a_stream_knows_its_steps_alone(told):

@@ -56,6 +56,7 @@ def settings(tiny_ovis, data):
             "disable_tqdm": "true",
             "report_to": "none",
             "use_cpu": "true",
+            "dataloader_num_workers": 0,
             **keys,
         }
         flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -181,7 +182,8 @@ def test_sigusr1_and_sigterm_leave_a_checkpoint_of_the_step_and_exit_code_75(
 ):
     folder, resumed = tmp_path / "out", {"resume_from_checkpoint": "auto"}
     for number, step in ((signal.SIGUSR1, 4), (signal.SIGTERM, 8)):
-        run = start(folder, **resumed)
+        # The signal reaches the loader processes too, as one to a whole job does.
+        run = start(folder, dataloader_num_workers=2, **resumed)
         run.wait_for(lambda run=run, step=step: run.logged() >= step)
         run.signal(number)
         assert run.codes() == [75], run.told.read_text()

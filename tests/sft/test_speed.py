@@ -41,7 +41,7 @@ def take():
 
 def batch(*lengths: int) -> dict[str, torch.Tensor]:
     rows = [[1] * n + [0] * (max(lengths) - n) for n in lengths]
-    return {"attention_mask": torch.tensor(rows)}
+    return {"input_ids": torch.ones_like(torch.tensor(rows)), "attention_mask": torch.tensor(rows)}
 
 
 def test_values_count_tokens_without_padding_over_the_time_since_the_last(clock, take):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -161,6 +162,104 @@ def test_resampling_scale_mean_and_std_follow_the_settings():
     resized = np.asarray(image.resize((40, 24), Image.Resampling.BICUBIC))
     expected = (resized / 51 - np.array([0, 1, 2])) / np.array([1, 2, 4])
     np.testing.assert_allclose(picture(pixels, grid, 4), expected, atol=1e-6)
+
+
+def bytes_of(
+    processor: Ovis2_5ImageProcessor, images: list[Image.Image], limits: tuple[int, int]
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    height, width = images[0].height, images[0].width
+    grid = processor.grid(height, width, *limits, frames=len(images))
+    out = np.full((math.prod(grid), processor.features), 77, np.uint8)
+    processor.write_patches(iter(images), grid, out)
+    return out, grid
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FAILURES])
+def test_bytes_normalised_later_are_the_references_patches_bit_for_bit(case):
+    processor = processor_of(case)
+    written, _ = bytes_of(processor, images_of(case), limits_of(case))
+    values = processor.normalise(torch.from_numpy(written))
+    assert list(values.shape) == CASES[case]["pixel_values_shape"]
+    assert values.dtype == torch.float32
+    bytes_ = values.numpy().astype("<f4").tobytes()
+    assert hashlib.sha256(bytes_).hexdigest() == CASES[case]["sha256_float32_le"]
+
+
+@pytest.mark.parametrize(("temporal", "frames"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 5), (3, 4)])
+@pytest.mark.parametrize("patch", [4, 14])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_byte_of_every_frame_is_written_where_its_patch_has_it(
+    temporal, frames, patch, stride
+):
+    processor = Ovis2_5ImageProcessor(
+        patch_size=patch, hidden_stride=stride, temporal_patch_size=temporal
+    )
+    noise = np.random.default_rng(0)
+    # Sides that need no resizing: the bytes are the images' own.
+    height, width = 4 * patch, 6 * patch
+    images = noise.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    written, grid = bytes_of(
+        processor, [Image.fromarray(image) for image in images], (1, height * width)
+    )
+    assert grid == (math.ceil(frames / temporal), 4, 6)
+    rows = iter(written)
+    for first in range(0, frames, temporal):
+        stack = images[np.minimum(np.arange(first, first + temporal), frames - 1)]
+        for block_top, block_left, dy, dx in np.ndindex(4 // stride, 6 // stride, stride, stride):
+            top, left = (block_top * stride + dy) * patch, (block_left * stride + dx) * patch
+            cut = stack[:, top : top + patch, left : left + patch]
+            np.testing.assert_array_equal(next(rows), cut.transpose(3, 0, 1, 2).ravel())
+    assert next(rows, None) is None
+
+
+def test_a_part_of_a_larger_buffer_is_written_and_nothing_beside_it():
+    processor = Ovis2_5ImageProcessor(patch_size=4)
+    [image] = open_images(["grad_40x70.png"])
+    alone, grid = bytes_of(processor, [image], (256, 1024))
+    buffer = np.full((len(alone) + 5, processor.features), 77, np.uint8)
+    processor.write_patches([image], grid, buffer[2:-3])
+    np.testing.assert_array_equal(buffer[2:-3], alone)
+    assert (buffer[:2] == 77).all()
+    assert (buffer[-3:] == 77).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1"])
+@pytest.mark.parametrize("size", [(40, 24), (40, 31), (57, 24), (57, 31)])
+def test_passes_that_would_change_nothing_are_skipped_without_a_trace(mode, size):
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    processor = Ovis2_5ImageProcessor(patch_size=4)
+    pixels = np.empty((60, processor.features), np.uint8)
+    processor.write_patches([image], (1, 6, 10), pixels)
+    across = image.convert("RGB").resize((40, size[1]), Image.Resampling.BILINEAR)
+    resized = np.asarray(across.resize((40, 24), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(picture(pixels, (1, 6, 10), 4), resized)
+
+
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_bytes_are_normalised_by_the_mean_and_std_of_their_channel(temporal):
+    mean, std = [0.48, 0.45, 0.4], [0.26, 0.27, 0.3]
+    processor = Ovis2_5ImageProcessor(
+        patch_size=16, temporal_patch_size=temporal, image_mean=mean, image_std=std
+    )
+    every_byte = np.tile(np.arange(256, dtype=np.uint8), (2, 3 * temporal))
+    values = processor.normalise(torch.from_numpy(every_byte))
+    scaled = (np.arange(256) * (1 / 255)).astype(np.float32)
+    channels = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+    expected = np.concatenate([np.tile(channel, temporal) for channel in channels])
+    np.testing.assert_array_equal(values.numpy(), [expected, expected])
+    np.testing.assert_array_equal(processor.table, channels)
+    assert processor.table.dtype == np.float32
+
+
+def test_table_follows_settings_changed_later_and_is_not_saved():
+    processor = Ovis2_5ImageProcessor()
+    before = processor.table
+    assert processor.table is before
+    processor.image_std = [1.0, 0.5, 0.25]
+    np.testing.assert_array_equal(processor.table[1], before[1])
+    np.testing.assert_array_equal(processor.table[2], before[2] * 2)
+    assert set(processor.to_dict()) == set(Ovis2_5ImageProcessor().to_dict())
 
 
 def test_smart_resize_equals_the_reference_wherever_both_sides_are_positive():

@@ -62,6 +62,9 @@ def ours(golden):
             keep("visual_tokenizer.tokens", model.visual_tokenizer),
         ]
         output = model(**given.inputs)
+        if "pixel_values" in given.inputs:
+            with torch.no_grad():
+                model.visual_tokenizer(given.inputs["pixel_values"], given.grids)
         for hook in hooks:
             hook.remove()
         output.loss.backward()

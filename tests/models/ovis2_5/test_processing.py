@@ -1,18 +1,26 @@
 """Prompts as the published template writes them, and ids the model reads."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AddedToken, AutoProcessor, ByT5Tokenizer
 
 from vlmtune.core.errors import ModelError
 from vlmtune.models import Ovis2_5Processor
+from vlmtune.models.ovis2_5.build import chat_tokenizer
+from vlmtune.models.ovis2_5.image_processing_ovis2_5 import Ovis2_5ImageProcessor
+from vlmtune.models.ovis2_5.processing_ovis2_5 import CONTENT_TAGS
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "ovis2_5"
 IMAGES = GOLDENS / "preprocess" / "images"
@@ -146,6 +154,9 @@ def test_shorter_prompts_are_padded_on_the_left(processor):
     ]
     assert batch["attention_mask"].tolist() == [[0] * 6 + [1], [1] * 7, [0] * 5 + [1, 1]]
     assert batch["grid_thws"].tolist() == [[1, 2, 2], [1, 2, 2]]
+    right = processor(text=["5", "55"], padding_side="right")
+    assert right["input_ids"].tolist() == [[*five, pad], five * 2]
+    assert right["attention_mask"].tolist() == [[1, 0], [1, 1]]
     first, _ = processor.image_processor.patches([one], 64, 128)
     second, _ = processor.image_processor.patches([two], 64, 128)
     np.testing.assert_array_equal(batch["pixel_values"].numpy(), np.concatenate([first, second]))
@@ -194,6 +205,89 @@ def test_control_tokens_spelled_out_in_a_users_text_stay_text(processor, text):
 )
 def test_text_without_control_tokens_is_tokenized_as_it_stands(processor, text, expected):
     assert processor.text_ids(text) == expected
+
+
+TOKENIZERS = ["qwen3", "gpt2", "llama", "llama-legacy", "byt5"]
+
+
+@pytest.fixture(scope="module")
+def chat_processor(language_model) -> Callable[[str], Ovis2_5Processor]:
+    """`chat_processor(kind)` has that tokenizer with our tokens; "byt5" is one in plain Python."""
+
+    @cache
+    def make(kind: str) -> Ovis2_5Processor:
+        if kind == "byt5":
+            tokenizer = ByT5Tokenizer(extra_ids=0)
+            turns = ["<|im_start|>", "<|im_end|>"]
+            tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in turns])
+            tokenizer.add_tokens(["<think>", "</think>"])
+        else:
+            tokenizer, _ = chat_tokenizer(str(language_model(kind)))
+        assert tokenizer.is_fast is (kind != "byt5")
+        return Ovis2_5Processor(Ovis2_5ImageProcessor(patch_size=4), tokenizer)
+
+    return make
+
+
+def ids_by_the_tokenizers_call(processor: Ovis2_5Processor, text: str) -> list[int]:
+    """What `text_ids` is to give, by the slow way: the tokenizer's own call, piece by piece."""
+    controls = {t for t in processor.tokenizer.get_added_vocab() if t.strip()} - CONTENT_TAGS
+    ids, start = [], 0
+    for found in re.finditer("|".join(map(re.escape, sorted(controls))), text):
+        ids += _behind_a_turn_start(processor, text[start : found.start() + 1])
+        start = found.start() + 1
+    return ids + _behind_a_turn_start(processor, text[start:])
+
+
+def _behind_a_turn_start(processor: Ovis2_5Processor, text: str) -> list[int]:
+    ids = processor.tokenizer("<|im_start|>" + text, add_special_tokens=False)["input_ids"]
+    return ids[ids.index(processor.control_id("<|im_start|>")) + 1 :]
+
+
+SNIPPETS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<think>",
+    "</think>",
+    "<s>",
+    "user\n",
+    "  ",
+    " a",
+    "\n\n",
+]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(text=st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=12), max_size=8).map("".join))
+def test_ids_of_a_text_are_those_of_the_tokenizers_own_call(chat_processor, kind, text):
+    processor = chat_processor(kind)
+    assert processor.text_ids(text) == ids_by_the_tokenizers_call(processor, text)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-legacy"])
+def test_text_does_not_start_with_the_space_that_sentencepiece_puts_before_it(chat_processor, kind):
+    processor = chat_processor(kind)
+    tokenizer = processor.tokenizer
+    alone = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(alone) == ["▁a", "▁a"]
+    assert tokenizer.convert_ids_to_tokens(processor.text_ids("a a")) == ["a", "▁a"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"truncation": True, "max_length": 3},
+        {"padding": "max_length", "max_length": 40},
+        {"split_special_tokens": True},
+    ],
+)
+def test_what_another_call_asked_of_the_tokenizer_does_not_touch_a_text(processor, asked):
+    text = "What is it? <think>5</think>"
+    before = processor.text_ids(text)
+    assert len(before) > 3
+    processor.tokenizer("<|im_end|> What is it? 5", **asked)
+    assert processor.text_ids(text) == before
 
 
 @pytest.mark.parametrize(
