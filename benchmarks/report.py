@@ -273,6 +273,13 @@ def also(results: Mapping[str, Result]) -> str:
             "nearly all of its weight's, which every variant that trains the head keeps "
             "(`loss_head`)."
         )
+        seconds = {name: spent["median"] for name, spent in r["cpu_seconds"].items()}
+        plain = seconds["gathered"] / seconds["ours"]
+        found.append(
+            f"- Its time is that of {r['timed_tokens']} tokens and {r['timed_words']:,} words. "
+            f"Plain logits of the supervised rows alone take {plain:.2f} of it, and "
+            f"{r['peak']['gathered']['peak_gib']:.2f} GiB (`loss_head`)."
+        )
     if r := results.get("visual_head"):
         found.append(
             "- The visual head's peak with gradients at full width is calculated from the one at "

@@ -70,6 +70,8 @@ def training_arguments(config: RunConfig) -> SFTConfig:
             if given.pop(key, None) is not None:
                 note(f"{key} has no effect: recompute is given")
         given["gradient_checkpointing"] = False
+    if config.data.packing and given.pop("dataloader_drop_last", False):
+        note("dataloader_drop_last has no effect: with packing each sample of an epoch has a row")
     # compile_layers does it: the host would compile the whole model, under other tensor names.
     for key in COMPILE_KEYS:
         given.pop(key, None)
@@ -277,7 +279,8 @@ def _check_four_bits(config: RunConfig, args: SFTConfig) -> None:
     changed = "selective" in (config.loop.recompute or "") or any(
         config.training.get(key) for key in COMPILE_KEYS
     )
-    if config.adapter.load_in_4bit and changed and cast and compute not in (None, cast):
+    quantized = config.adapter.use_lora and config.adapter.load_in_4bit
+    if quantized and changed and cast and compute not in (None, cast):
         raise ConfigError(
             "bnb_4bit_compute_dtype",
             f"is {compute} in a {cast} run, and recompute: selective or torch_compile would change "

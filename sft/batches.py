@@ -78,8 +78,8 @@ class EpochLoader(DataLoader):
 
 
 def outlive_the_step(worker: int) -> None:
-    """Let a loader process end by SIGTERM of its parent alone: of one to the whole group it is the
-    parent that knows what to do, which is to finish its step and save."""
+    """Let a forked loader process end by SIGTERM of its parent alone: of one to the whole group it
+    is the parent that knows what to do, which is to finish its step and save."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

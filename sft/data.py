@@ -158,7 +158,6 @@ def prepare(config: RunConfig, sources: Sequence[Source], encoder: SampleEncoder
         "lengths": [encoder.multimodal_max_length, encoder.text_max_length],
         "thinking": encoder.thinking,
     }
-
     return prepare_dataset(
         sources,
         check_files=encoder.check_files,

@@ -20,6 +20,7 @@ from ..core.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_FILE, latest
 from ..core.distributed import world_size
 from ..core.errors import ConfigError
 from ..core.logging import note
+from ..data.images import PixelLimits
 from ..models.parts import FREEZES
 from .arguments import global_batch
 from .curve import draw_losses
@@ -33,9 +34,18 @@ LAST = ("config.json", ADAPTER_CONFIG)
 
 LEDGER_FILE = "bad_samples.jsonl"
 ADAPTER_KEYS = [f.name for f in fields(AdapterConfig)]
-ORDER_DEFAULTS = {"packing": False, "packing_length": None, "packing_max_patches": None}
-LENGTH_KEYS = ("multimodal_max_length", "text_max_length")
-HOST_ORDER_KEYS = ("train_sampling_strategy", "seed", "data_seed")
+PACKING = {"packing": False, "packing_length": None, "packing_max_patches": None}
+"""Keys of packing, as they are for checkpoints written before there was any."""
+ORDER_KEYS = (
+    "multimodal_max_length",
+    "text_max_length",
+    "thinking",
+    "mix",
+    "streaming",
+    "shuffle_buffer",
+    *PixelLimits.__annotations__,
+)
+"""What lengths, and by them an order, follow from."""
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets")
 
 
@@ -120,14 +130,15 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
             "DeepSpeed needs the same number",
         )
     resolved = config.to_dict()
-    now = {key: resolved[key] for key in ("train_modules", *FREEZES, *ADAPTER_KEYS, *LENGTH_KEYS)}
-    then = {**now, **written["config"]}
-    now |= {key: resolved[key] for key in ORDER_DEFAULTS}
-    then = {**ORDER_DEFAULTS, **then}
+    now = {key: resolved[key] for key in ("train_modules", *FREEZES, *ADAPTER_KEYS, *ORDER_KEYS)}
+    then = {**PACKING, **now, **written["config"]}
+    now |= {key: resolved[key] for key in PACKING}
+    of_host = ["seed", "data_seed", "dataloader_drop_last"]
     if not config.data.streaming:
-        host = args.to_dict()
-        now |= {key: host[key] for key in HOST_ORDER_KEYS}
-        then |= {key: written["training_arguments"][key] for key in HOST_ORDER_KEYS}
+        of_host.append("train_sampling_strategy")
+    host = args.to_dict()
+    now |= {key: host[key] for key in of_host}
+    then |= {key: written["training_arguments"][key] for key in of_host}
     for key, value in now.items():
         if then[key] != value:
             raise _other(

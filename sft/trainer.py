@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,14 @@ class VLMTrainerMixin(Trainer):
 
     def _loading(self) -> dict[str, Any]:
         args = self.args
+        # Only forked loaders outlive a SIGTERM to the whole job.
+        forked = "fork" if args.dataloader_num_workers and sys.platform == "linux" else None
         return {
             "collate_fn": self.data_collator,
             "num_workers": args.dataloader_num_workers,
             "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
             "persistent_workers": args.dataloader_persistent_workers,
-            "multiprocessing_context": args.dataloader_multiprocessing_context,
+            "multiprocessing_context": args.dataloader_multiprocessing_context or forked,
             "prefetch_factor": args.dataloader_prefetch_factor,
             "in_order": args.dataloader_in_order,
             "worker_init_fn": outlive_the_step,

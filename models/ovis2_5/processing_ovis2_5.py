@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class Ovis2_5Processor(ProcessorMixin):
         videos: Sequence[Sequence[Image.Image]] | None = None,
         min_pixels: int = 448**2,
         max_pixels: int = 1792**2,
-        padding_side: str = "left",
+        padding_side: Literal["left", "right"] = "left",
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenize rendered text whose `<image>` and `<video>` marks stand for the given media.
@@ -161,7 +161,7 @@ class Ovis2_5Processor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` `[B, T]`, padded on `padding_side`, for generation the
             left; with media also `pixel_values` `[N, features]` and `grid_thws` `[media, 3]`, in
-            the order in which images, then videos, are given.
+            the order in which images, then videos, are given. TRL's collators ask for both sides.
 
         Raises:
             ModelError: the marks do not match the media, or both kinds are given.

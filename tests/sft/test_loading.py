@@ -2,7 +2,6 @@
 number of them, of like length, and drawing nothing from the run's random numbers."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from vlmtune.cli.main import main
 from vlmtune.configs.load import load_config
+from vlmtune.core.distributed import usable_cores
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
@@ -89,8 +89,7 @@ def trainer(words):
 def test_loader_processes_are_started_once_and_seeded_where_nothing_is_said(trainer):
     run = trainer()
     loader, evaluation = run.get_train_dataloader(), run.get_eval_dataloader()
-    cores = len(os.sched_getaffinity(0))
-    assert loader.num_workers == evaluation.num_workers == max(1, min(4, cores - 1))
+    assert loader.num_workers == evaluation.num_workers == max(1, min(4, usable_cores() - 1))
     assert loader.persistent_workers and not evaluation.persistent_workers
     assert loader.generator.initial_seed() == evaluation.generator.initial_seed() == 7
     assert trainer(dataloader_num_workers=0).get_train_dataloader().num_workers == 0

@@ -15,7 +15,8 @@ RUN = {
     "processes": 1,
     "config": {"train_modules": "all", "freeze_llm": False, "freeze_vision_tower": False}
     | {"text_max_length": 4096},
-    "training_arguments": {"train_sampling_strategy": "random", "seed": 42, "data_seed": None},
+    "training_arguments": {"train_sampling_strategy": "random", "seed": 42, "data_seed": None}
+    | {"dataloader_drop_last": False},
 }
 
 
@@ -85,6 +86,11 @@ def test_the_run_that_wrote_a_checkpoint_may_resume_it(checkpoint, tmp_path):
             ("--text_max_length=64",),
             "was written with text_max_length 4096, this run has 64",
         ),
+        (
+            {"config": {"single_image_max_pixels": 4096}},
+            ("--single_image_max_pixels=200704",),
+            "was written with single_image_max_pixels 4096, this run has 200704",
+        ),
         ({"states": "none"}, (), "holds no optimizer states without DeepSpeed"),
         ({"states": "global"}, (), "holds no optimizer states without DeepSpeed"),
     ],
@@ -103,6 +109,10 @@ def test_another_run_may_not(checkpoint, tmp_path, written, words, what):
     ("keys", "what"),
     [
         ({"seed": 3}, "was written with seed 42, this run has 3"),
+        (
+            {"dataloader_drop_last": True},
+            "was written with dataloader_drop_last false, this run has true",
+        ),
         ({"data_seed": 3}, "was written with data_seed null, this run has 3"),
         (
             {"train_sampling_strategy": "group_by_length"},
@@ -110,9 +120,15 @@ def test_another_run_may_not(checkpoint, tmp_path, written, words, what):
         ),
     ],
 )
-def test_a_run_of_another_order_may_not_but_a_stream_has_its_own(checkpoint, tmp_path, keys, what):
-    args, folder = arguments(tmp_path, **keys), checkpoint()
+def test_a_run_of_another_order_may_not(checkpoint, tmp_path, keys, what):
     with pytest.raises(ConfigError) as caught:
-        check_resumable(folder, config(), args)
+        check_resumable(checkpoint(), config(), arguments(tmp_path, **keys))
     assert caught.value.what == f"checkpoint-3 {what}"
-    check_resumable(folder, config("--streaming=true", "--max_steps=9"), args)
+
+
+def test_a_stream_has_an_order_of_its_own_that_follows_its_seed(checkpoint, tmp_path):
+    stream = config("--streaming=true", "--max_steps=9")
+    folder = checkpoint(config={**RUN["config"], "streaming": True})
+    check_resumable(folder, stream, arguments(tmp_path, train_sampling_strategy="sequential"))
+    with pytest.raises(ConfigError, match="seed 42, this run has 3"):
+        check_resumable(folder, stream, arguments(tmp_path, seed=3))
