@@ -96,8 +96,9 @@ def run(config: RunConfig) -> None:
         if training:
             if not checkpoint and rank() == 0:
                 remove_checkpoints(folder)
-            if data.stream and checkpoint:
-                data.stream.skip(steps_done(checkpoint) * args.gradient_accumulation_steps)
+            begun = steps_done(checkpoint) if checkpoint else 0
+            if data.stream:
+                data.stream.skip(begun * args.gradient_accumulation_steps)
             trainer.train(resume_from_checkpoint=checkpoint)
             if stop.requested:
                 say(f"Stopped by a signal; checkpoint-{trainer.state.global_step} is complete.")
@@ -106,7 +107,6 @@ def run(config: RunConfig) -> None:
                 raise SystemExit(RESUMABLE)
             if config.loop.recompute:
                 policies = parse_recompute(config.loop.recompute)
-                begun = steps_done(checkpoint) if checkpoint else 0
                 history = [e for e in trainer.state.log_history if e["step"] > begun]
                 say(recompute_line(policies, history))
             save_finished(trainer, model, config, facts)

@@ -290,6 +290,21 @@ def test_skipped_steps_decode_no_image(settings, unbroken, data, tmp_path, monke
         assert rest == whole[-len(rest) :]
 
 
+def test_a_resumed_run_that_removes_its_checkpoint_tells_what_recomputing_came_to(
+    settings, unbroken, tmp_path, capsys
+):
+    folder = tmp_path / "out"
+    shutil.copytree(unbroken(1) / "checkpoint-3", folder / "checkpoint-3")
+    keys = {"resume_from_checkpoint": "true", "save_total_limit": 1, "max_steps": 6}
+    assert main(settings(folder, **keys, recompute="llm:full")) == 0
+    assert not (folder / "checkpoint-3").exists()
+    lines = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
+    speeds = [entry["tokens_per_second"] for entry in lines if "tokens_per_second" in entry]
+    line = f"recompute llm full, visual_tokenizer none: {sorted(speeds)[1]:,.0f} tokens/s, peak "
+    assert len(speeds) == 3
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
