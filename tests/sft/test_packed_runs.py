@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import vlmtune.collators.sample
 from vlmtune.cli.main import main
 from vlmtune.core.checkpoints import ADAPTER_WEIGHTS
+from vlmtune.sft import isolation
 from vlmtune.sft.trainer import VLMTrainerMixin
 
 pytestmark = pytest.mark.slow
@@ -451,3 +452,26 @@ def test_a_model_that_mixes_the_samples_of_a_row_is_refused_before_the_first_ste
     assert "Fix: set packing to false" in told
     assert not (tmp_path / "out" / "log.jsonl").exists()
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_in_bf16_is_held_to_the_limits_of_rounded_arithmetic(words, tmp_path, monkeypatch):
+    nothing = isolation.Limits(neighbour=-1.0, alone=-1.0)
+    keys = {"packing": "true", "packing_length": 512, "max_steps": 1}
+    monkeypatch.setattr(isolation, "EXACT", nothing)
+    assert main(words(tmp_path / "rounded", **keys, bf16="true")) == 0
+    assert main(words(tmp_path / "exact", **keys)) == 1
+
+
+@pytest.mark.parametrize(
+    "keys", [{"packing": "false"}, {"packing_length": 500}, {"packing_max_patches": 4096}]
+)
+def test_a_run_of_other_rows_does_not_resume(keys, words, tmp_path, capsys):
+    folder = tmp_path / "first"
+    packed = {"packing": "true", "packing_length": 512, "per_device_train_batch_size": 1}
+    saved = {**packed, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    assert main(words(folder, **saved)) == 0
+    other = {**packed, **keys, "resume_from_checkpoint": folder / "checkpoint-1"}
+    if keys == {"packing": "false"}:
+        del other["packing_length"]
+    assert main(words(tmp_path / "second", **other)) == 1
+    assert "checkpoint-1 was written with packing" in capsys.readouterr().err
