@@ -32,6 +32,9 @@ os.environ.update(environment)
 output = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.dup2(output, 1)
 os.dup2(output, 2)
+for stream in (sys.stdout, sys.stderr):
+    # Whole lines of several ranks, also with PYTHONUNBUFFERED.
+    stream.reconfigure(line_buffering=True, write_through=False)
 import torch
 torch.set_num_threads(1)
 exec(code)
