@@ -136,6 +136,7 @@ def count_words(conversation, sizes) -> dict:
         "grids": [],
         "length": sum(counts),
         "trained_tokens": counts[-1],
+        "cut": 0,
         "patches": 0,
         "patches_squared": 0,
     }

@@ -13,10 +13,10 @@ from vlmtune.collators.packed import PackedCollator
 from vlmtune.collators.padded import PaddedCollator
 from vlmtune.configs.load import load_config
 from vlmtune.models.attention import Segments, attend_within, packing_attention
+from vlmtune.models.loading import load_processor
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.data import load_data
 from vlmtune.sft.heads import use_supervised_head
-from vlmtune.sft.train import load_processor
 
 
 def parity(setting: Setting) -> dict:

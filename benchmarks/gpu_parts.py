@@ -24,13 +24,13 @@ from trl import SFTConfig, SFTTrainer
 from vlmtune.configs.load import load_config
 from vlmtune.models import Ovis2_5Processor
 from vlmtune.models.attention import packing_attention
+from vlmtune.models.loading import load_processor
 from vlmtune.models.ovis2_5.flops import STAGES, training_flops
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
 from vlmtune.sft.modules import TrainedModule, apply_train_modules
 from vlmtune.sft.rows import plan_rows
-from vlmtune.sft.train import load_processor
 from vlmtune.sft.trainer import make_trainer
 
 LORA_RANK = 64

@@ -5,7 +5,8 @@
     python benchmarks/zero_memory.py --output benchmarks/results/zero_memory.json
 
 Nothing is trained and no GPU is needed: parameters are counted on the meta device, settings are
-read from configs/zero, and every term is a formula. docs/zero.md explains each term and names its
+read from configs/zero, and every term is a formula, those of states in vlmtune.sft.memory. What
+`vlmtune plan` says of a config is traced instead. docs/zero.md explains each term and names its
 source; tests/benchmarks compares the formulas with tensors that really live in a tiny run.
 """
 
@@ -22,37 +23,18 @@ import torch
 from transformers import PreTrainedConfig
 
 from vlmtune.models import Ovis2_5, Ovis2_5Config
-from vlmtune.models.ovis2_5.configuration_ovis2_5 import NUM_INDICATORS
-from vlmtune.models.ovis2_5.visual_tokenizer_ovis2_5 import BUFFERS
-from vlmtune.models.supervised_head import rows_per_chunk
+from vlmtune.models.ovis2_5.memory import loss_head_bytes, visual_head_bytes
+from vlmtune.sft.cost_forecast import ENGINES, RESERVE
+from vlmtune.sft.memory import Counts, checkpoint_bytes, count, peak, state_bytes
 
 GB = 10**9
 GPUS = (1, 2, 4, 8)
 CARDS = (24, 40, 80, 141)
-RESERVE = 0.10
-"""Share of a card left for the CUDA context, NCCL and fragmentation: assumed, not measured."""
-
-ENGINES = (
-    "none",
-    "zero0",
-    "zero1",
-    "zero2",
-    "zero3",
-    "zero2_offload",
-    "zero3_offload",
-    "zero3_offload_all",
-)
 # ZeRO-0 needs the memory of a run without ZeRO and starts Adam one step late in bf16.
 CHOICES = tuple(engine for engine in ENGINES if engine != "zero0")
 
 STAGE_1 = ("visual_tokenizer.",)
 """What stage 1 of the three-stage recipe trains."""
-
-# deepspeed 0.19.8: reduce_bucket_size in runtime/zero/config.py, and what runtime/engine.py takes
-# for the all-reduce of stage 0.
-DEFAULT_BUCKET = 500_000_000
-
-CUDA = torch.device("cuda")
 
 # config.json of AIDC-AI/Ovis2.5-2B and AIDC-AI/Ovis2.5-9B.
 _VIT = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
@@ -102,44 +84,40 @@ def ovis_config(size: str) -> Ovis2_5Config:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Parameters of a model; `trained` leaves out what no gradient reaches."""
+class Parameters:
+    """Parameters of a model; `matrices` are those that autocast casts: every matrix, a tied one
+    once, but no table that is only looked up."""
 
-    total: int
-    trained: int
-    largest: int
+    counts: Counts
     matrices: int
-    hidden_size: int
     parts: dict[str, int]
 
+    @property
+    def trained(self) -> int:
+        return sum(self.counts.trained)
 
-def count_parameters(config: Ovis2_5Config, train: tuple[str, ...] = ("",)) -> Counts:
-    """Counts on the meta device; `train` names the trained modules, all by default."""
+
+def count_parameters(config: Ovis2_5Config, train: tuple[str, ...] = ("",)) -> Parameters:
+    """Counts on the meta device; `train` names the trained modules, all by default. What no
+    gradient reaches is never trained."""
     with torch.device("meta"):
         model = Ovis2_5(config)
-    named = list(model.named_parameters())
-    parts = {
-        part: sum(p.numel() for name, p in named if name.startswith(f"{part}."))
-        for part in ("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte")
-    }
-    trained = [p for name, p in named if p.requires_grad and name.startswith(train)]
-    # What autocast casts: every matrix, a tied one once, but no table that is only looked up.
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(train))
     looked_up = ["position_embedding"]
     if not config.llm_config.tie_word_embeddings:
         looked_up.append("embed_tokens")
-    matrices = [p for name, p in named if p.dim() > 1 and not any(t in name for t in looked_up)]
-    return Counts(
-        total=sum(p.numel() for _, p in named),
-        trained=sum(p.numel() for p in trained),
-        largest=max(p.numel() for _, p in named),
-        matrices=sum(p.numel() for p in matrices),
-        hidden_size=config.llm_config.hidden_size,
-        parts=parts,
-    )
+    cast = (p for name, p in named.items() if not any(t in name for t in looked_up))
+    parts = {
+        part: sum(p.numel() for name, p in named.items() if name.startswith(f"{part}."))
+        for part in ("llm", "visual_tokenizer.vit", "visual_tokenizer.head", "vte")
+    }
+    return Parameters(count(model), sum(p.numel() for p in cast if p.dim() > 1), parts)
 
 
 @cache
-def counts_of(size: str, train: tuple[str, ...] = ("",)) -> Counts:
+def counts_of(size: str, train: tuple[str, ...] = ("",)) -> Parameters:
     return count_parameters(ovis_config(size), train)
 
 
@@ -151,68 +129,19 @@ def read_zero(engine: str) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]
 
 
-def memory(counts: Counts, zero: dict, gpus: int, accumulation: bool = False) -> dict[str, int]:
-    """Bytes of one GPU by term, and of the host's memory for all of its `gpus` GPUs together.
-
-    `weights`, `master` and `moments` always live. `gradients` and `backward` (buffers, gathered
-    weights) come on top while the activations live; `step` comes on top inside the optimizer step,
-    when those are gone. The optimizer is `adamw_torch` with one group.
-    """
-    total, trained, largest = counts.total, counts.trained, counts.largest
-    if not zero:
-        gradients = 4 * trained * (2 if gpus > 1 else 1)
-        return {
-            "weights": 4 * total,
-            "master": 0,
-            "moments": 8 * trained,
-            "gradients": gradients,
-            "backward": 2 * counts.matrices,
-            "step": gradients + 4 * trained,
-            "host": 0,
-        }
-    stage, offload = zero["stage"], "offload_optimizer" in zero
-    own = trained if stage == 0 else -(-trained // gpus)
-    shard = -(-total // gpus) if stage == 3 else total
-    twice = 2 if accumulation and stage == 2 else 1
-    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    if bucket == "auto":
-        bucket = counts.hidden_size**2
-    if stage == 0:
-        bucket = min(trained, bucket)
-    backward = 2 * bucket * (2 if stage == 2 and zero["overlap_comm"] else 1)
-    if stage >= 2:
-        backward += 4 * largest
-    if stage == 3:
-        backward += 2 * min(total, zero["stage3_max_live_parameters"] + largest)
-    terms = {
-        "weights": 2 * shard,
-        "master": 4 * own,
-        "moments": 8 * own,
-        "gradients": {0: 2 * trained, 1: 2 * trained + 2 * own}.get(stage, 2 * own * twice),
-        "backward": backward,
-        "step": 8 * own,
-        "host": 0,
-    }
-    if stage == 0:
-        terms["step"] += terms["gradients"]
-    if stage == 3:
-        terms["step"] = terms["gradients"] + 8 * min(own, zero["sub_group_size"])
-    if offload:
-        terms.update(master=0, moments=0, step=0, gradients=2 * own * (twice - 1))
-        terms["host"] = 18 * trained
-        if stage == 2:
-            terms["backward"] += 2 * largest
-            terms["host"] += 2 * largest * gpus + 2 * trained * (twice - 1)
-    if "offload_param" in zero:
-        terms["weights"] = 0
-        terms["host"] += 2 * total
-    return terms
+def memory(
+    parameters: Parameters, zero: dict, gpus: int, accumulation: bool = False
+) -> dict[str, int]:
+    """`state_bytes` with the optimizer `adamw_torch`; without DeepSpeed `backward` holds the casts
+    of all matrices, which a run without recompute keeps."""
+    terms = state_bytes(parameters.counts, zero, gpus, accumulation=accumulation)
+    return terms if zero else {**terms, "backward": 2 * parameters.matrices}
 
 
-def traffic(counts: Counts, zero: dict, gpus: int) -> tuple[int, int]:
+def traffic(parameters: Parameters, zero: dict, gpus: int) -> tuple[int, int]:
     """Bytes over one GPU's PCIe link in an optimizer step of one micro-batch with gradient
     checkpointing: GPU to host, host to GPU."""
-    own, shard = -(-counts.trained // gpus), -(-counts.total // gpus)
+    own, shard = -(-parameters.trained // gpus), -(-parameters.counts.total // gpus)
     if zero["stage"] == 2:
         return 4 * own, 2 * own
     if "offload_param" in zero:
@@ -236,23 +165,6 @@ def vit_layer_bytes(vit: PreTrainedConfig, half: bool = True) -> int:
     """Bytes per patch that one encoder layer keeps for backward, with fused attention."""
     statistics = 16 + 4 * vit.num_attention_heads
     return (18 if half else 26) * vit.hidden_size + 4 * vit.intermediate_size + statistics
-
-
-def loss_head_bytes(llm: PreTrainedConfig, tokens: int, half: bool = True) -> int:
-    """Bytes of a chunk in the backward pass of `label_log_probs` on a GPU, all tokens trained, and
-    the float32 gradient of its weight; of a float32 weight that is counted as its gradient."""
-    rows = min(tokens, rows_per_chunk(llm.vocab_size, CUDA))
-    return llm.vocab_size * (6 * rows + (4 * llm.hidden_size if half else 0))
-
-
-def visual_head_bytes(config: Ovis2_5Config, tokens: int, half: bool = True) -> int:
-    """The same of `ExpectedEmbedding` for `tokens` visual tokens, with head and table."""
-    vit = config.vit_config
-    words = config.visual_vocab_size - NUM_INDICATORS
-    rows = min(tokens, rows_per_chunk(words, CUDA, BUFFERS))
-    head = words * vit.hidden_size * vit.hidden_stride**2
-    table = config.visual_vocab_size * config.llm_config.hidden_size
-    return 24 * rows * words + (4 * (head + table) if half else 0)
 
 
 def activations(
@@ -287,21 +199,6 @@ def alive(parts: dict[str, int]) -> int:
     """Bytes of `activations` at the worst moment."""
     largest = max(parts[name] for name in ("layer", "loss_head", "visual_head"))
     return parts["llm"] + parts["vit"] + largest
-
-
-def checkpoint_bytes(counts: Counts, zero: dict, bf16: bool = True) -> tuple[int, int]:
-    """Bytes on disk of the model and of the optimizer's files of one checkpoint, all ranks."""
-    model = (2 if zero and bf16 else 4) * counts.total
-    if not zero:
-        return model, 8 * counts.trained
-    weights_again = 0 if zero["stage"] == 3 else model
-    return model, 12 * counts.trained + weights_again
-
-
-def peak(terms: dict[str, int], activation_bytes: int) -> int:
-    """The larger of the two worst moments: in backward, and in the optimizer step."""
-    backward = terms["gradients"] + terms["backward"] + activation_bytes
-    return terms["weights"] + terms["master"] + terms["moments"] + max(backward, terms["step"])
 
 
 def run_peak(size: str, engine: str, gpus: int, sample: str, checkpointing: bool = True) -> int:
@@ -348,11 +245,11 @@ def _parameter_table() -> str:
     counts = {size: counts_of(size) for size in _LLM}
     parts = counts["2B"].parts
     rows = [[f"`{part}`", *(f"{c.parts[part]:,}" for c in counts.values())] for part in parts]
-    rows.append(["all", *(f"{c.total:,}" for c in counts.values())])
+    rows.append(["all", *(f"{c.counts.total:,}" for c in counts.values())])
     rows.append(["trained with `all`", *(f"{c.trained:,}" for c in counts.values())])
     stage_1 = [counts_of(size, STAGE_1) for size in _LLM]
     rows.append(["trained with `visual_tokenizer`", *(f"{c.trained:,}" for c in stage_1)])
-    rows.append(["largest tensor", *(f"{c.largest:,}" for c in counts.values())])
+    rows.append(["largest tensor", *(f"{c.counts.largest:,}" for c in counts.values())])
     return table(["part", *_LLM], rows)
 
 
@@ -439,7 +336,7 @@ def _disk_table() -> str:
     rows = []
     for size in _LLM:
         for engine, label in (("none", "none"), ("zero1", "zero0, 1, 2"), ("zero3", "zero3")):
-            model, optimizer = checkpoint_bytes(counts_of(size), read_zero(engine))
+            model, optimizer = checkpoint_bytes(counts_of(size).counts, read_zero(engine))
             rows.append([size, label, *map(gigabytes, [model, optimizer, model + optimizer])])
     return table(["model", "engine", "model", "optimizer state", "one checkpoint"], rows)
 
@@ -450,7 +347,7 @@ def result() -> dict:
     for size in _LLM:
         counts = counts_of(size)
         models[size] = {
-            "parameters": counts.total,
+            "parameters": counts.counts.total,
             "trained": counts.trained,
             "parts": counts.parts,
             "bytes": {

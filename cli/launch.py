@@ -19,8 +19,9 @@ from ..configs.load import load_config
 from ..configs.stages import ALL, read_recipe
 from ..core.checkpoints import RESUMABLE
 from ..core.errors import ConfigError, VLMTuneError
+from ..core.signals import STOP_SIGNALS, handling
 from .main import main as vlmtune
-from .signals import STOP_SIGNALS, handling, leave, stop_workers
+from .signals import leave, stop_workers
 from .stages import open_stage, run_stages
 
 

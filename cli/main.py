@@ -1,9 +1,10 @@
 """The `vlmtune` command. Config errors and `--help` answer without importing torch."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from signal import SIGUSR1
+from signal import SIGTERM, SIGUSR1
 
 from .. import __version__
 from ..configs.load import load_config
@@ -11,17 +12,23 @@ from ..configs.stages import ALL, read_recipe
 from ..core.distributed import rank, watched_by_torchrun
 from ..core.errors import DataError, TrainingError, VLMTuneError
 from ..core.logging import quiet_hosts
-from .signals import STOP_SIGNALS, handling, leave
+from ..core.signals import STOP_SIGNALS, handling, interrupted, terminate
+from .signals import leave
 from .stages import open_stage, run_stages
 
 USAGE = """\
 usage: vlmtune train [CONFIG] [--key value ...] [--debug]
        vlmtune train RECIPE --stage NAME|all [--key value ...] [--debug]
+       vlmtune validate DATA ... [--image_folder FOLDER] [--config CONFIG] [--fix OUT]
+       vlmtune preview CONFIG [--key value ...] [--index 0,5 | --random 5 | --longest 3]
+       vlmtune plan CONFIG [--key value ...] [--gpus N] [--gpu_memory 80]
+       vlmtune config --schema | --explain KEY
+       vlmtune env
        vlmtune merge --adapter ADAPTER[:WEIGHT] --output FOLDER [--base MODEL] [--verify]
        vlmtune verify --base MODEL --adapter ADAPTER --merged FOLDER [--data FILE]
        vlmtune models build-ovis2_5 --llm MODEL --vit MODEL --output FOLDER
 
-Fine-tune a vision-language model on LLaVA-style JSON.
+Fine-tune a vision-language model on LLaVA-style JSON. More on one command: --help after it.
 
   CONFIG           JSON or YAML file; every key of it is also a flag
   RECIPE           the same with "stages"; a finished stage is skipped, a stopped one resumed
@@ -36,11 +43,21 @@ A run needs at least model_path, data_path and output_dir:
 
 On several GPUs: scripts/train_launch.sh CONFIG N trl, scripts/stage_configs.sh RECIPE all N
 Exit code: 0; 1 after an error; 75 when a signal stopped the run and it can be resumed
-All keys: docs/config.md, LoRA: docs/lora.md, stages: docs/stages.md, SLURM: docs/slurm.md
+Before a run: docs/check.md, all keys: docs/config.md, LoRA: docs/lora.md,
+stages: docs/stages.md, SLURM: docs/slurm.md
 """
 
 # Command -> the module here whose main takes what follows it, and how many words it has.
-COMMANDS = {"merge": ("merge", 1), "verify": ("verify", 1), "models build-ovis2_5": ("build", 2)}
+COMMANDS = {
+    "validate": ("validate", 1),
+    "preview": ("preview", 1),
+    "plan": ("plan", 1),
+    "config": ("config", 1),
+    "env": ("env", 1),
+    "merge": ("merge", 1),
+    "verify": ("verify", 1),
+    "models build-ovis2_5": ("build", 2),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command:
             module, taken = command
-            import_module(f".{module}", __package__).main(words[taken:])
-            return 0
+            return run_command(module, words[taken:])
         return train(words[1:], debug)
     except VLMTuneError as error:
         if debug:
@@ -71,6 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank() == 0 or isinstance(error, DataError | TrainingError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def run_command(module: str, words: Sequence[str]) -> int:
+    """Its exit code; 1 where what reads the output has left, as `head` does, 130 after Ctrl-C, 143
+    after SIGTERM."""
+    try:
+        with handling(terminate, (SIGTERM,)):
+            code = import_module(f".{module}", __package__).main(words) or 0
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as stop:
+        print("Stopped.", file=sys.stderr)
+        return interrupted(stop)
 
 
 def train(argv: Sequence[str], debug: bool = False) -> int:

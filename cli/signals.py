@@ -2,32 +2,12 @@
 
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType
 
 from ..core.checkpoints import RESUMABLE
 from ..core.distributed import watched_by_torchrun
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-@contextmanager
-def handling(
-    handler: Callable[[int, FrameType | None], object],
-    signals: tuple[signal.Signals, ...] = STOP_SIGNALS,
-) -> Iterator[None]:
-    """Call `handler` on these signals inside the block; only a main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+from ..core.signals import STOP_SIGNALS
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ from ..core.checkpoints import RESUMABLE
 from ..core.distributed import launched_by_torchrun
 from ..core.errors import ConfigError
 from ..core.logging import say
-from .signals import handling
+from ..core.signals import handling
 
 
 def open_stage(recipe: Recipe) -> RunConfig | None:

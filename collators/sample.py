@@ -60,16 +60,27 @@ class SampleEncoder:
         images = [(1, *check(f, where("image"))) for f in conversation.images]
         frames = [check(f, where("video_frames")) for f in conversation.frames]
         if frames:
-            return [(len(frames), *frames[self._indices(len(frames))[0]])]
+            return self.media_sizes(conversation, [(1, *size) for size in frames])
         if conversation.video:
             size = check_video(conversation.video, where("video"))
-            frames = read_video(conversation.video, where("video"), self._indices(size[0]))
+            frames = read_video(conversation.video, where("video"), self.taken(size[0]))
             deque(frames, maxlen=0)
             return [size]
         return images
 
+    def media_sizes(self, conversation: Conversation, files: Sequence[Size]) -> list[Size]:
+        """Sizes of the media from those of their files, in the order of `media_files`: the first
+        frame that is taken stands for all."""
+        if conversation.frames:
+            return [(len(files), *files[self.taken(len(files))[0]][1:])]
+        return list(files)
+
     def encode(self, conversation: Conversation, sizes: Sequence[Size]) -> Encoded:
-        """Ids and labels, cut to the length limit; needs sizes, no pixels.
+        """Ids and labels, cut to the length limit; raises as `expand`."""
+        return truncate(self.expand(conversation, sizes), self.max_length(conversation))
+
+    def expand(self, conversation: Conversation, sizes: Sequence[Size]) -> Encoded:
+        """Ids and labels of the whole sample; needs sizes, no pixels.
 
         Raises:
             DataError: `thinking` does not fit this conversation.
@@ -78,17 +89,22 @@ class SampleEncoder:
             self.processor.image_processor.visual_tokens(grid)
             for grid in self._grids(conversation, sizes)
         ]
-        limit = self.multimodal_max_length if counts else self.text_max_length
         try:
             segments = render(conversation.turns, self.processor, self.thinking)
         except DataError as error:
-            raise DataError(conversation.where(error.where), error.what, error.fix) from None
-        return truncate(encode(segments, self.processor, counts), limit)
+            where = conversation.where(error.where)
+            raise DataError(where, error.what, error.fix, "thinking-history") from None
+        return encode(segments, self.processor, counts)
+
+    def max_length(self, conversation: Conversation) -> int:
+        """Tokens that the sample may have."""
+        return self.multimodal_max_length if conversation.media_files else self.text_max_length
 
     def columns(self, conversation: Conversation, sizes: Sequence[Size]) -> dict[str, Any]:
         """Columns `ids` to `patches_squared` of the row, lists as int32 `[n]`; raises as
-        `encode`."""
-        encoded = self.encode(conversation, sizes)
+        `expand`."""
+        whole = self.expand(conversation, sizes)
+        encoded = truncate(whole, self.max_length(conversation))
         grids = self._grids(conversation, sizes)[: len(encoded.media)]
         kept = np.ones(len(encoded.ids), bool)
         for begin, end in encoded.media:
@@ -100,12 +116,13 @@ class SampleEncoder:
             "grids": np.array(grids, np.int32).ravel(),
             "length": len(encoded.ids),
             "trained_tokens": int(trained.sum()),
+            "cut": len(whole.ids) - len(encoded.ids),
             "patches": sum(t * h * w for t, h, w in grids),
             "patches_squared": sum(t * (h * w) ** 2 for t, h, w in grids),
         }
 
     def row(self, conversation: Conversation) -> dict[str, Any]:
-        """The row; raises as `check_files` and `encode`."""
+        """The row; raises as `check_files` and `expand`."""
         sizes = self.check_files(conversation)
         return {**conversation.to_row(), **self.columns(conversation, sizes)}
 
@@ -126,6 +143,10 @@ class SampleEncoder:
             labels[start:stop] = ids[start:stop]
         return ids, labels
 
+    def taken(self, total: int) -> list[int]:
+        """Which of a video's `total` frames the model sees."""
+        return frame_indices(total, self.limits.min_frames, self.limits.max_frames)
+
     def write_pixels(self, row: dict[str, Any], out: np.ndarray) -> None:
         """Decode the media that the cut has left, one image or frame at a time.
 
@@ -143,7 +164,7 @@ class SampleEncoder:
                 limits = self.limits.for_images(len(row["image_files"]))
                 frames = self._images([row["image_files"][i]], f"{where}image", grid, limits)
             elif row["frame_files"]:
-                indices = self._indices(len(row["frame_files"]))
+                indices = self.taken(len(row["frame_files"]))
                 files = [row["frame_files"][i] for i in indices]
                 limits = self.limits.for_video(len(files))
                 frames = self._images(files, f"{where}video_frames", grid, limits)
@@ -168,7 +189,7 @@ class SampleEncoder:
 
     def _frames(self, file: str, where: str, grid: Grid) -> Iterator[Image.Image]:
         total, height, width = check_video(file, where)
-        indices = self._indices(total)
+        indices = self.taken(total)
         size = (len(indices), height, width)
         self._check_grid(file, where, grid, size, self.limits.for_video(len(indices)))
         return read_video(file, where, indices)
@@ -191,7 +212,7 @@ class SampleEncoder:
                 height,
                 width,
                 *self._limits(conversation, (frames, height, width)),
-                frames=1 if conversation.images else len(self._indices(frames)),
+                frames=1 if conversation.images else len(self.taken(frames)),
             )
             for frames, height, width in sizes
         ]
@@ -199,10 +220,7 @@ class SampleEncoder:
     def _limits(self, conversation: Conversation, size: Size) -> tuple[int, int]:
         if conversation.images:
             return self.limits.for_images(len(conversation.images))
-        return self.limits.for_video(len(self._indices(size[0])))
-
-    def _indices(self, total: int) -> list[int]:
-        return frame_indices(total, self.limits.min_frames, self.limits.max_frames)
+        return self.limits.for_video(len(self.taken(size[0])))
 
 
 def grids_of(row: dict[str, Any]) -> list[Grid]:

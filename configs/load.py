@@ -121,6 +121,12 @@ def _check_together(values: dict[str, Any], sources: dict[str, str]) -> None:
             "a stream does not know how many records a set has",
             "leave streaming or mix out",
         )
+    if values.get("streaming") and values.get("probe"):
+        raise ConfigError(
+            f"{sources['probe']}, probe",
+            "which batch of a stream is the costliest is not known before its end",
+            "leave streaming or probe out",
+        )
     if values.get("streaming") and values.get("max_steps", -1) < 1:
         raise ConfigError(
             f"{sources['streaming']}, streaming",
@@ -222,7 +228,8 @@ def _read_file(path: Path, where: str) -> dict[str, Any]:
             f"holds a {type(content).__name__}, not keys and values",
             'start it with "{" and write "key": value pairs',
         )
-    return {str(key): value for key, value in content.items() if value is not None}
+    # "$schema" is for the editor: it names what `vlmtune config --schema` wrote.
+    return {str(k): v for k, v in content.items() if v is not None and k != "$schema"}
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -268,9 +275,9 @@ def _reject_duplicates(keys: Iterable[Any], where: str) -> None:
 
 
 @cache
-def _annotations() -> dict[str, str]:
+def annotations() -> dict[str, str]:
     """Every key under its present name -> annotation text."""
-    known = dict(host_fields())
+    known = {key: field.annotation for key, field in host_fields().items()}
     for own in (ModelConfig, DataConfig, LoopConfig, AdapterConfig):
         known |= annotations_of(own)
     known["min_lr_rate"] = "float | None"
@@ -293,13 +300,11 @@ def _resolve(
     layer: dict[str, Any], source: str, notes: list[str], with_datainfo: bool
 ) -> dict[str, Any]:
     layer = _with_one_warmup(layer)
-    annotations = _annotations()
-    values = {
-        key: _read(layer, key, annotations[key], source) for key in layer if key in annotations
-    }
+    known = annotations()
+    values = {key: _read(layer, key, known[key], source) for key in layer if key in known}
     written = {key: key for key in values}  # present name -> the name the user wrote
     for key in layer:
-        if key in annotations:
+        if key in known:
             continue
         if key == "data_name" and with_datainfo and "data_path" not in layer:
             present = {"data_path": _read(layer, key, "list[str]", source)}
@@ -337,12 +342,12 @@ def _translate(layer: dict[str, Any], key: str, source: str) -> tuple[dict[str, 
             return {}, f"{key} {json.dumps(on)} has no effect: it is the default"
         return {name: value}, f'{key} {json.dumps(on)} is read as {name} "{value}"'
     if key not in RENAMED:
-        raise _unknown(key, source)
+        raise unknown_key(key, source)
     targets = RENAMED[key]
     names = [name for name in targets if len(targets) == 1 or name not in layer]
     if not names:
         return {}, f"{key} has no effect: {' and '.join(targets)} are given"
-    value = _read(layer, key, _annotations()[names[0]], source)
+    value = _read(layer, key, annotations()[names[0]], source)
     if key == "warmup_ratio" and not 0 <= value < 1:
         raise ConfigError(
             f"{source}, {key}",
@@ -408,8 +413,9 @@ def _read(layer: dict[str, Any], key: str, annotation: str, source: str) -> Any:
     )
 
 
-def _unknown(key: str, source: str) -> ConfigError:
-    known = sorted({*_annotations(), *RENAMED, *SWITCHES, *NO_EFFECT})
+def unknown_key(key: str, source: str) -> ConfigError:
+    """The error that names the keys most like it."""
+    known = sorted({*annotations(), *RENAMED, *SWITCHES, *NO_EFFECT})
     nearest = ", ".join(f'"{name}"' for name in get_close_matches(key, known))
     return ConfigError(
         source,

@@ -128,6 +128,13 @@ class LoopConfig:
             "help": "Stop the run after this many micro-batches in a row without a trained token."
         },
     )
+    probe: bool = field(
+        default=False,
+        metadata={
+            "help": "Before the first step: forward and backward of each process's micro-batch "
+            "that needs the most memory, then the run as without it. Not with streaming."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -284,6 +291,13 @@ class DataConfig:
             "choices": ("error", "skip"),
         },
     )
+
+    @property
+    def eval_sets(self) -> dict[str, list[str]]:
+        """`eval_data_path` by the names of its sets; "" is that of an unnamed one."""
+        if isinstance(self.eval_data_path, dict):
+            return self.eval_data_path
+        return {"": self.eval_data_path} if self.eval_data_path else {}
 
     def __post_init__(self) -> None:
         self.data_path = [expanduser(path) for path in self.data_path]

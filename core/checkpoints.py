@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from .errors import ModelError
+
 RUN_FILE = "vlmtune_run.json"
 """Resolved config and versions; with config.json beside it a run has saved its model."""
 
@@ -17,6 +19,17 @@ STATE_FILE = "trainer_state.json"
 
 RESUMABLE = 75
 """Exit status of a run that a signal stopped and that can be resumed: EX_TEMPFAIL of sysexits.h."""
+
+MODEL_FORM = "give a folder with config.json, weights and tokenizer, or a Hub name"
+
+
+def require_model(path: str) -> None:
+    """Raises ModelError for a folder that is not there; whether the Hub has a name shows later."""
+    folder = Path(path)
+    names_a_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.exists() and (names_a_folder or folder.parent.is_dir()):
+        what = "there is no such folder"
+        raise ModelError(f"model_path {folder.resolve()}", what, MODEL_FORM)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -8,12 +8,14 @@ class VLMTuneError(Exception):
         where: File, record, id and field, or the config key.
         what: What is wrong there.
         fix: What to write or do instead.
+        code: Of a finding in data (`data.findings.CODES`); it is no part of the message.
 
     With one argument, that is the traceback text from which torch rebuilds a loader worker's
     exception; the message is its end.
     """
 
-    def __init__(self, where: str, what: str | None = None, fix: str | None = None):
+    def __init__(self, where: str, what: str | None = None, fix: str | None = None, code: str = ""):
+        self.code = code
         if what is None or fix is None:
             super().__init__(where.rpartition(f"{type(self).__name__}: ")[2].strip())
             self.where, _, rest = str(self).partition(":\n  ")
@@ -25,7 +27,7 @@ class VLMTuneError(Exception):
 
     def __reduce__(self):
         # Exception's own __reduce__ would call __init__ with the one formatted string.
-        return type(self), (self.where, self.what, self.fix)
+        return type(self), (self.where, self.what, self.fix, self.code)
 
 
 class ConfigError(VLMTuneError, ValueError):

@@ -19,6 +19,7 @@ from datasets.config import HF_DATASETS_CACHE
 
 from .. import __version__
 from ..core.distributed import local_rank, usable_cores
+from .pool import ahead
 from .preparation import (
     RECHECK,
     ROWS,
@@ -27,13 +28,12 @@ from .preparation import (
     Preparation,
     Totals,
     add_states,
-    ahead,
     file_state,
 )
 from .sources import Source
 from .tables import open_table
 
-FORMAT = 1
+FORMAT = 2
 """Counted up when rows change that the same settings give: their form, rendering, arithmetic."""
 
 FEATURES = datasets.Features(
@@ -49,6 +49,7 @@ FEATURES = datasets.Features(
         "grids": datasets.List(datasets.Value("int32")),
         "length": datasets.Value("int64"),
         "trained_tokens": datasets.Value("int64"),
+        "cut": datasets.Value("int64"),
         "patches": datasets.Value("int64"),
         "patches_squared": datasets.Value("int64"),
     }
@@ -57,8 +58,8 @@ FEATURES = datasets.Features(
 
 `ids` are cut to the length limit, with one VISUAL_ATOM_ID for all of a medium's; `trained` are
 bounds (start, stop, start, stop, ...) of the trained runs in the sample with every visual token,
-of which there are `length`; `grids` are frames, rows and columns of each medium that is left, and
-`patches_squared` is the sum of (rows * columns)^2 over all frames.
+of which there are `length`, `cut` more were beyond the limit; `grids` are frames, rows and columns
+of each medium that is left, and `patches_squared` is the sum of (rows * columns)^2 over all frames.
 """
 
 

@@ -66,21 +66,31 @@ def open_image(path: str, where: str) -> Image.Image:
     try:
         if path.startswith(REFERENCE):
             return Image.open(io.BytesIO(read_image(path)))
+        if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+            raise OSError("it is a pipe or a device")  # which could be waited for without end
         return Image.open(path)
     except DataError as error:  # the table is gone
-        raise DataError(where, f"{error.where} {error.what}", error.fix) from None
+        raise DataError(where, f"{error.where} {error.what}", error.fix, "image-missing") from None
     except LookupError:
-        raise _bad(where, path, "is not in the table any more", "start the run again") from None
+        what, fix, code = "is not in the table any more", "start the run again", "image-missing"
     except FileNotFoundError:
-        raise _bad(where, path, "does not exist", "check image_folder and the path") from None
+        what, fix, code = "does not exist", "check image_folder and the path", "image-missing"
     except Image.DecompressionBombError:
-        raise _bad(
-            where, path, "has too many pixels to be an honest image", "scale it down"
-        ) from None
+        what, fix = "has too many pixels to be an honest image", "scale it down"
+        code = "image-huge"
     except UnidentifiedImageError:
-        raise _bad(where, path, "is no image Pillow can read", "replace or remove it") from None
+        empty = not _size_of(path)
+        what = "is empty" if empty else "is no image Pillow can read"
+        fix, code = "replace or remove it", "image-empty" if empty else "image-unreadable"
     except Exception as error:  # Pillow's plugins raise whatever their libraries do
-        raise _bad(where, path, f"cannot be opened: {error}", "replace or remove it") from None
+        what, fix = f"cannot be opened: {error}", "replace or remove it"
+        code = "image-unreadable"
+    raise _bad(where, path, what, fix, code)
+
+
+def _size_of(path: str) -> int:
+    """Bytes of a file or of an image in a table."""
+    return len(read_image(path)) if path.startswith(REFERENCE) else os.path.getsize(path)
 
 
 def decode(image: Image.Image, path: str, where: str) -> Image.Image:
@@ -92,7 +102,8 @@ def decode(image: Image.Image, path: str, where: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # as above
-        raise _bad(where, path, f"is corrupt: {error}", "replace or remove it") from None
+        what = f"is corrupt: {error}"
+        raise _bad(where, path, what, "replace or remove it", "image-truncated") from None
     return image
 
 
@@ -107,17 +118,27 @@ def check_image(path: str, where: str, decode_whole: bool = False) -> tuple[int,
     """
     with open_image(path, where) as image:
         size = image.height, image.width
-        whole = _is_whole(image)
+        require_whole(image, path, where, decode_whole)
+    return size
+
+
+def require_whole(image: Image.Image, path: str, where: str, decode_whole: bool = False) -> None:
+    """Look whether an opened file is whole; `image` may be closed by that.
+
+    Raises:
+        DataError: as `check_image`.
+    """
+    whole = _is_whole(image)
     if whole and not decode_whole:
-        return size
+        return
     with open_image(path, where) as image:
         # A JPEG is read to its end but built at an eighth of its size.
         image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
         decode(image, path, where)
         # Zeros, which a file system leaves at the end, are decoded as grey.
         if image.format in JPEGS and not whole:
-            raise _bad(where, path, "is corrupt: it has no end", "replace or remove it")
-    return size
+            what = "is corrupt: it has no end"
+            raise _bad(where, path, what, "replace or remove it", "image-truncated")
 
 
 def _is_whole(image: Image.Image) -> bool:
@@ -165,7 +186,7 @@ def check_video(path: str, where: str) -> tuple[int, int, int]:
         frames = sum(1 for p in container.demux(stream) if p.size and not p.is_discard)
         codec = stream.codec_context
         if not frames or codec is None or not codec.height:
-            raise _bad(where, path, "has no video frames", "replace or remove it")
+            raise _unreadable(where, path, "has no video frames")
         return frames, codec.height, codec.width
 
 
@@ -185,7 +206,7 @@ def read_video(path: str, where: str, indices: Sequence[int]) -> Iterator[Image.
                 frame = next(islice(frames, index - position - 1, None), None)
                 position = index
             if frame is None:
-                raise _bad(where, path, f"ends before frame {index}", "replace or remove it")
+                raise _unreadable(where, path, f"ends before frame {index}")
             yield frame.to_image()
 
 
@@ -203,17 +224,23 @@ def _video(path: str, where: str) -> Iterator[Any]:
     try:
         container = av.open(path)
     except Exception as error:  # FFmpeg's errors have no common base but this
-        raise _bad(where, path, f"cannot be opened: {error}", "check the path and file") from None
+        code = "video-unreadable" if os.path.exists(path) else "video-missing"
+        what = f"cannot be opened: {error}"
+        raise _bad(where, path, what, "check the path and file", code) from None
     with container:
         if not container.streams.video:
-            raise _bad(where, path, "has no video stream", "replace or remove it")
+            raise _unreadable(where, path, "has no video stream")
         try:
             yield container
         except DataError:
             raise
         except Exception as error:
-            raise _bad(where, path, f"cannot be decoded: {error}", "replace or remove it") from None
+            raise _unreadable(where, path, f"cannot be decoded: {error}") from None
 
 
-def _bad(where: str, path: str, what: str, fix: str) -> DataError:
-    return DataError(where, f"{path} {what}.", f"{fix}.")
+def _unreadable(where: str, path: str, what: str) -> DataError:
+    return _bad(where, path, what, "replace or remove it", "video-unreadable")
+
+
+def _bad(where: str, path: str, what: str, fix: str, code: str) -> DataError:
+    return DataError(where, f"{path} {what}.", f"{fix}.", code)

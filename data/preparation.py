@@ -2,20 +2,13 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -23,11 +16,10 @@ from tqdm import tqdm
 from ..core.distributed import rank, usable_cores
 from ..core.errors import DataError
 from .conversation import PLAIN, Conversation, record_id
+from .pool import ALONE, shared
 from .sources import Source
 from .tables import REFERENCE
 
-T = TypeVar("T")
-R = TypeVar("R")
 CheckFiles = Callable[[Conversation], Any]
 Encode = Callable[[Conversation, Any], dict[str, Any]]
 Chunk = tuple[int, list[tuple[int, Any]]]
@@ -35,9 +27,6 @@ Chunk = tuple[int, list[tuple[int, Any]]]
 
 CHUNK = 32
 """Records that a process takes at a time. Of a source's first ones fewer: they may be videos."""
-
-ALONE = 1.0
-"""Seconds that one process works before it starts others: a little work is sooner done so."""
 
 ROWS = 1000
 """Least rows of a batch in the Arrow file; the last one may have fewer."""
@@ -170,11 +159,11 @@ class Preparation:
         """Write samples, ledger, totals and the state of the media files."""
         schema = self.work.schema
         with (
-            _processes(self.work) as pool,
+            closing(self._looked()) as looked,
             pa.OSFile(str(folder / "data.arrow"), "wb") as file,
             pa.ipc.new_stream(file, schema) as writer,
         ):
-            for batch in _of_many_rows(self._batches(pool)):
+            for batch in _of_many_rows(self._batches(looked)):
                 writer.write_batch(batch)
         if not any(self.totals.sizes):
             left_out = self.left_out
@@ -192,7 +181,7 @@ class Preparation:
             (folder / RECHECK).touch()
         _write_json(folder / "left_out.json", self.left_out)
 
-    def _batches(self, pool: Executor) -> Iterator[pa.RecordBatch]:
+    def _batches(self, results: Iterable[_Looked]) -> Iterator[pa.RecordBatch]:
         """Rows of the samples; what is left out is noted.
 
         Raises:
@@ -201,7 +190,7 @@ class Preparation:
         """
         records = self._parse_all()
         with tqdm(total=records, desc="Checking data", disable=rank() > 0) as bar:
-            for looked in self._looked(pool):
+            for looked in results:
                 if looked.error:
                     raise looked.error
                 bar.update(looked.records)
@@ -228,15 +217,10 @@ class Preparation:
             raise bad
         return count
 
-    def _looked(self, pool: Executor) -> Iterator[_Looked]:
+    def _looked(self) -> Generator[_Looked, None, None]:
         """What became of each chunk, in order."""
-        chunks, start = self._chunks(), time.monotonic()
-        while time.monotonic() - start < ALONE:
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            yield self.work.look(chunk)
-        yield from ahead(pool, usable_cores(), _look, chunks)
+        names = _names(self.work.sources)
+        return shared(self.work.look, self._chunks(), usable_cores(), ALONE, names)
 
     def _chunks(self) -> Iterator[Chunk]:
         for number, source in enumerate(self.work.sources):
@@ -250,63 +234,6 @@ class Preparation:
         self.recheck |= left_out.by_file
         self.left_out_media += left_out.files
         add_states(self.left_out_states, left_out.states)
-
-
-_work: _Work
-"""In a process started by `_processes`, what it does."""
-
-
-@contextmanager
-def _processes(work: _Work) -> Iterator[Executor]:
-    """Forked at the first task, so that nothing of `work` need be pickled.
-
-    Raises:
-        DataError: one of them was killed.
-    """
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(usable_cores(), context, _begin, (work, os.getpid()))
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise DataError(
-            _names(work.sources),
-            "a process that checked the data was killed.",
-            "see whether the machine ran out of memory, and start again.",
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin(work: _Work, parent: int) -> None:
-    global _work
-    _work = work
-    # The parent is told too, and then hands out nothing more; when one of these was killed, it
-    # ends the others with SIGTERM.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _look(chunk: Chunk) -> _Looked:
-    return _work.look(chunk)
-
-
-def ahead(pool: Executor, workers: int, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`call` of each item, in order, a bounded number of them computed ahead."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(call, item))
-        if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 def _of_many_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

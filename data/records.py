@@ -31,7 +31,8 @@ def read_records(path: str | Path) -> Iterator[tuple[int, Any]]:
     with open_text(path) as file:
         first = _first_character(file)
     if not first:
-        raise DataError(str(path), "the file is empty.", "write a JSON array of records.")
+        what, fix = "the file is empty.", "write a JSON array of records."
+        raise DataError(str(path), what, fix, "file-empty")
     if Path(path).suffix == ".jsonl" or (first == "{" and _is_json_lines(path)):
         yield from _json_lines(path)
     elif first == "[":
@@ -47,7 +48,7 @@ def open_text(path: str | Path) -> Iterator[IO[str]]:
     Raises:
         DataError: it is missing, unreadable, or, while it is read, found not to be UTF-8.
     """
-    path = Path(path)
+    path, code = Path(path), "file-unreadable"
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield file
@@ -56,10 +57,10 @@ def open_text(path: str | Path) -> Iterator[IO[str]]:
         what, fix = "there is no such file.", "check the path; it is relative to where you start."
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text ({error.reason} at byte {_first_wrong_byte(path)})."
-        fix = "save it as UTF-8."
+        fix, code = "save it as UTF-8.", "encoding"
     except OSError as error:
         what, fix = f"cannot be read: {error.strerror}.", "check the path and its permissions."
-    raise DataError(str(path.absolute()), what, fix)
+    raise DataError(str(path.absolute()), what, fix, code)
 
 
 def _first_wrong_byte(path: Path) -> int:
@@ -209,13 +210,13 @@ def _records_in(content: Any, path: str | Path) -> list[Any]:
         str(path),
         "holds no list of records.",
         "write a JSON array of records, or an object with one list in it.",
+        "file-form",
     )
 
 
 def _unheld(where: str | Path, error: Exception) -> DataError:
-    return DataError(
-        str(where), f"holds JSON that Python refuses: {error}.", "shorten or remove that value."
-    )
+    what = f"holds JSON that Python refuses: {error}."
+    return DataError(str(where), what, "shorten or remove that value.", "json-value")
 
 
 def _broken(path: str | Path, line: int, column: int, what: str) -> DataError:
@@ -223,4 +224,5 @@ def _broken(path: str | Path, line: int, column: int, what: str) -> DataError:
         f"{path}, line {line}, column {column}",
         f"broken JSON: {what}.",
         "mend that line, or write the file with a JSON library.",
+        "json",
     )

@@ -6,13 +6,14 @@ Image bytes stay in the memory-mapped table; a record carries a reference in the
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DataError
 from .conversation import ImageReference
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 BATCH = 256
 """Rows read at a time; their image bytes are not."""
@@ -24,7 +25,7 @@ _IMAGE_COLUMNS = ("image", "images")
 
 
 @cache
-def open_table(source: str) -> datasets.Dataset:
+def open_table(source: str) -> "datasets.Dataset":
     """The table, memory-mapped, its rows as Arrow; parquet goes through datasets' Arrow cache once.
 
     Args:
@@ -34,6 +35,8 @@ def open_table(source: str) -> datasets.Dataset:
     Raises:
         DataError: it is missing or cannot be read as a table.
     """
+    import datasets
+
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -43,7 +46,9 @@ def open_table(source: str) -> datasets.Dataset:
             datasets.enable_progress_bars()
 
 
-def _load(source: str) -> datasets.Dataset:
+def _load(source: str) -> "datasets.Dataset":
+    import datasets
+
     path = Path(source)
     try:
         if path.is_dir():
@@ -94,6 +99,8 @@ def table_records(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _without_bytes(value: Any, at: str) -> Any:
     """A path or a reference for an Arrow scalar that holds an image, or a list of those."""
+    import pyarrow as pa
+
     if not value.is_valid:
         return None
     if pa.types.is_list(value.type) or pa.types.is_large_list(value.type):
@@ -123,7 +130,9 @@ def read_image(reference: str) -> bytes:
     return content.as_py()
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def _is_bytes(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 

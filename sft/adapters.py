@@ -59,23 +59,27 @@ class AdapterPlan:
         }
 
 
-def plan_adapters(base: Checkpoint, config: RunConfig, dtype: str) -> AdapterPlan:
+def plan_adapters(base: Checkpoint | PreTrainedModel, config: RunConfig, dtype: str) -> AdapterPlan:
     """Resolve the settings on the model's structure.
 
     Args:
+        base: A model without weights as well: then the adapter to continue is not compared with
+            them.
         dtype: Of the frozen weights.
 
     Raises:
         ConfigError: names that match nothing, too much, or what no adapter can sit on.
         ModelError: the adapter to continue cannot be read, or is of another base.
     """
-    model, settings = base.model, config.adapter
+    model = base.model if isinstance(base, Checkpoint) else base
+    settings = config.adapter
     full = full_parts(model, config.model, settings)
     modules = [module for part in full for module in part.modules]
     targets, frozen = [], frozen_paths(config.model)
     if settings.adapter_path:
         begun = Adapter.open(settings.adapter_path)
-        _check_continued(begun, check_fits(begun, base), model, config, modules)
+        if isinstance(base, Checkpoint):
+            _check_continued(begun, check_fits(begun, base), model, config, modules)
         saved = begun.config.modules_to_save or []
         modules += [n for n, _ in model.named_modules() if any(map(n.endswith, saved))]
     else:

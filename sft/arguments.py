@@ -23,13 +23,60 @@ COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def training_arguments(config: RunConfig) -> SFTConfig:
+    """The user's keys over our defaults, and what a process needs before it trains: the start of
+    torch.distributed on a CPU, and of DeepSpeed.
+
+    Raises:
+        ConfigError: as `host_settings`, or the host refuses a value.
+    """
+    cpu = config.training.get("use_cpu", not torch.cuda.is_available())
+    settings = host_settings(config, cpu)
+    if settings.get("deepspeed") and not launched_by_torchrun():
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(_free_port()),
+        )
+    if cpu and launched_by_torchrun():
+        settings.setdefault("ddp_backend", "gloo")
+        if not torch.distributed.is_initialized():
+            # With use_cpu the host (transformers 5.23) leaves ddp_timeout out.
+            waiting = timedelta(seconds=settings["ddp_timeout"])
+            torch.distributed.init_process_group("gloo", timeout=waiting)
+    args = _host_arguments(config, settings, world_size())
+    if args.n_gpu > 1:
+        # transformers would split one batch over the GPUs, images apart from their text.
+        args._n_gpu = 1
+        note("one process trains on one GPU; for more: scripts/train_launch.sh CONFIG N")
+    if args.deepspeed and cpu:
+        # With use_cpu, transformers starts torch.distributed but not deepspeed.comm (0.19).
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo")
+    return args
+
+
+def planned_arguments(config: RunConfig, gpus: int) -> tuple[SFTConfig, dict[str, Any]]:
+    """The arguments that a run on so many GPUs will have, and the settings they are made of, on a
+    machine that has none: nothing is started, and `use_cpu` stands for no device.
+
+    Raises:
+        ConfigError: as `training_arguments`.
+    """
+    settings = host_settings(config, cpu=False)
+    inert = {"use_cpu": True, "tf32": None, "deepspeed": None}
+    return _host_arguments(config, {**settings, **inert}, gpus), settings
+
+
+def host_settings(config: RunConfig, cpu: bool) -> dict[str, Any]:
     """The user's keys over our defaults: what fits the machine, and what our collator needs.
 
     Raises:
-        ConfigError: evaluation is asked for without evaluation data, or the host refuses a value.
+        ConfigError: evaluation is asked for without evaluation data, or what we do not follow.
     """
     given = dict(config.training)
-    cpu = given.get("use_cpu", not torch.cuda.is_available())
     if cpu and given.pop("tf32", False):
         note("tf32 has no effect on CPU")
     if cpu and (given.get("fp16") or config.model.torch_dtype == "float16"):
@@ -103,49 +150,33 @@ def training_arguments(config: RunConfig) -> SFTConfig:
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    if given.get("deepspeed") and not launched_by_torchrun():
-        os.environ.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(_free_port()),
-        )
-    if cpu and launched_by_torchrun():
-        defaults["ddp_backend"] = "gloo"
-        if not torch.distributed.is_initialized():
-            # With use_cpu the host (transformers 5.23) leaves ddp_timeout out.
-            waiting = timedelta(seconds=given.get("ddp_timeout", defaults["ddp_timeout"]))
-            torch.distributed.init_process_group("gloo", timeout=waiting)
+    return {**defaults, **given, **required}
+
+
+def _host_arguments(config: RunConfig, settings: dict[str, Any], world: int) -> SFTConfig:
+    """The host's object of these settings, for so many processes."""
     with warnings.catch_warnings():
         # TRL and configs use the name that transformers 5.18 knows; 5.23 warns of it.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
         try:
-            args = SFTConfig(**{**defaults, **given, **required})
+            args = SFTConfig(**settings)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
     _check_four_bits(config, args)
     if config.loop.base_learning_rate and config.loop.base_batch_size:
-        scale = math.sqrt(global_batch(args) / config.loop.base_batch_size)
+        scale = math.sqrt(global_batch(args, world) / config.loop.base_batch_size)
         args.learning_rate = config.loop.base_learning_rate * scale
     if config.data.streaming:
         # The stream leaves out what a resumed run has seen; the host would decode it.
         args.ignore_data_skip = True
-    if args.n_gpu > 1:
-        # transformers would split one batch over the GPUs, images apart from their text.
-        args._n_gpu = 1
-        note("one process trains on one GPU; for more: scripts/train_launch.sh CONFIG N")
-    if args.deepspeed and cpu:
-        # With use_cpu, transformers starts torch.distributed but not deepspeed.comm (0.19).
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")
     return args
 
 
-def global_batch(args: TrainingArguments) -> int:
-    """Samples of an optimizer step: per device x accumulation x processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+def global_batch(args: TrainingArguments, world: int | None = None) -> int:
+    """Samples of an optimizer step: per device x accumulation x processes, this run's unless
+    `world` is given."""
+    processes = world or world_size()
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
 
 
 def _loader_processes() -> int:

@@ -5,11 +5,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
-from transformers import TrainingArguments
-from trl.trainer.sft_config import SFTConfig
 
 from ..collators.rendering import Thinking
 from ..collators.sample import SampleEncoder
@@ -23,7 +21,12 @@ from ..data.mixing import MixSampler, mix_weights
 from ..data.sources import Source, resolve_sources
 from ..data.stream import RecordStream
 from ..models import Ovis2_5Processor
-from .output import LEDGER_FILE, write_ledger
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from trl.trainer.sft_config import SFTConfig
+
+LEDGER_FILE = "bad_samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class RunData:
         return self.train.dataset
 
 
-def load_data(config: RunConfig, args: SFTConfig, processor: Ovis2_5Processor) -> RunData:
+def load_data(config: RunConfig, args: "SFTConfig", processor: Ovis2_5Processor) -> RunData:
     """The checked data of a run, with samples that were left out in the ledger.
 
     Raises:
@@ -68,11 +71,8 @@ def load_data(config: RunConfig, args: SFTConfig, processor: Ovis2_5Processor) -
         train = prepare(config, sources, encoder)
         sampler = MixSampler(train.sizes, weights, seed_of(args)) if data.mix else None
         say_counts(sources, weights, train, sampler)
-    named = data.eval_data_path
-    if not isinstance(named, dict):
-        named = {"": named} if named else {}
     evaluation = {}
-    for name, paths in named.items():
+    for name, paths in data.eval_sets.items():
         evaluated = resolve_sources(paths, data.image_folder, data.datainfo)
         evaluation[name] = prepare(config, evaluated, encoder)
     # A resumed stream goes on with its ledger.
@@ -83,7 +83,18 @@ def load_data(config: RunConfig, args: SFTConfig, processor: Ovis2_5Processor) -
     return RunData(encoder, train, evaluation, sampler, stream)
 
 
-def seed_of(args: TrainingArguments) -> int:
+def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
+    """Each sample left out, with its reason, one object per line."""
+    path = folder / LEDGER_FILE
+    if not left_out:
+        path.unlink(missing_ok=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
+    path.write_text(lines, "utf-8", errors="backslashreplace")
+
+
+def seed_of(args: "TrainingArguments") -> int:
     return args.seed if args.data_seed is None else args.data_seed
 
 
@@ -107,7 +118,7 @@ def say_counts(
 
 def record_stream(
     config: RunConfig,
-    args: SFTConfig,
+    args: "SFTConfig",
     sources: Sequence[Source],
     encoder: SampleEncoder,
     ledger: Path,

@@ -32,7 +32,6 @@ PARTIAL = ".partial-checkpoint"
 LAST = ("config.json", ADAPTER_CONFIG)
 """What makes a folder a model or an adapter; moved there last."""
 
-LEDGER_FILE = "bad_samples.jsonl"
 ADAPTER_KEYS = [f.name for f in fields(AdapterConfig)]
 PACKING = {"packing": False, "packing_length": None, "packing_max_patches": None}
 """Keys of packing, as they are for checkpoints written before there was any."""
@@ -151,17 +150,6 @@ def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> Non
 def _other(checkpoint: Path, what: str, fix: str) -> ConfigError:
     anew = "or start a new run with the checkpoint as model_path, an adapter's as adapter_path"
     return ConfigError("resume_from_checkpoint", f"{checkpoint.name} {what}", f"{fix}, {anew}")
-
-
-def write_ledger(folder: Path, left_out: list[dict[str, Any]]) -> None:
-    """Each sample left out, with its reason, one object per line."""
-    path = folder / LEDGER_FILE
-    if not left_out:
-        path.unlink(missing_ok=True)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in left_out)
-    path.write_text(lines, "utf-8", errors="backslashreplace")
 
 
 def save_finished(

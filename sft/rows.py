@@ -35,12 +35,12 @@ def plan_rows(config: RunConfig, model: PreTrainedModel | PeftModel, data: RunDa
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = ("length", "trained_tokens", "patches", "patches_squared")
     counts = [data.train.column(name) for name in names]
-    trained, adapted = _stages(base)
+    trained, adapted = stages(base)
     costs = training_flops(base.config, *counts, trained=trained, adapted=adapted)
     return Packing(row_bounds(config), np.asarray(costs))
 
 
-def _stages(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+def stages(model: PreTrainedModel) -> tuple[set[str], set[str]]:
     """Stages with trained weights, and those with adapters."""
     head: Any = model.get_output_embeddings()
     trained: set[str] = set()

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoProcessor, Trainer, TrainerState, set_seed
+from transformers import Trainer, TrainerState, set_seed
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl.trainer.sft_config import SFTConfig
 
 from ..configs.recompute import parse_recompute
 from ..configs.schema import RunConfig
-from ..core.checkpoints import ADAPTER_CONFIG, RESUMABLE
+from ..core.checkpoints import RESUMABLE
 from ..core.distributed import main_process_first, of_first_process, rank, world_size
 from ..core.errors import ConfigError, ModelError
 from ..core.logging import note, say
 from ..lora.checkpoint import Checkpoint
 from ..lora.quantization import keep_unpacked
-from ..models import Ovis2_5, Ovis2_5Config, Ovis2_5Processor
+from ..models import Ovis2_5
 from ..models.attention import packing_attention
+from ..models.loading import load_processor
 from ..models.ovis2_5.build import ensure_base
 from .adapters import AdapterPlan, apply_adapters, plan_adapters
 from .arguments import COMPILE_KEYS, host_refusal, training_arguments
@@ -178,36 +179,6 @@ def check_positions(model: Ovis2_5, data: RunData) -> None:
 def steps_done(checkpoint: str) -> int:
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     return state.global_step
-
-
-def load_processor(path: str) -> Ovis2_5Processor:
-    """Raises ModelError when the checkpoint cannot be read or is of another family."""
-    where = f"model_path {path}"
-    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file():
-        raise ModelError(
-            where,
-            "is an adapter",
-            "give its base as model_path and the adapter as adapter_path to train on, or merge "
-            "it first: vlmtune merge",
-        )
-    fix = "give a folder with config.json, weights and tokenizer, or a Hub name"
-    names_a_folder = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not Path(path).exists() and (names_a_folder or Path(path).parent.is_dir()):
-        raise ModelError(f"model_path {Path(path).resolve()}", "there is no such folder", fix)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if isinstance(config, Ovis2_5Config):
-            return AutoProcessor.from_pretrained(path)
-    except ModelError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(where, f"cannot be loaded: {reason}", fix) from error
-    raise ModelError(
-        where,
-        f'has model_type "{config.model_type}"',
-        'use an Ovis2.5 checkpoint (model_type "ovis2_5" or "ovis")',
-    )
 
 
 def frozen_dtype(args: SFTConfig) -> str:

@@ -31,6 +31,7 @@ from .failures import batch_in_words, explained, unwritable
 from .heads import use_supervised_head
 from .modules import TrainedModule, parameter_groups
 from .output import PARTIAL, describe_run
+from .probe import MemoryProbe
 from .speed import Speed
 
 
@@ -63,6 +64,8 @@ class VLMTrainerMixin(Trainer):
         self.add_callback(self.gradients)
         if config.data.packing:
             self.add_callback(IsolationProbe(self, has_images))
+        if config.loop.probe:
+            self.add_callback(MemoryProbe(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if isinstance(self.optimizer, Optimizer):
@@ -183,6 +186,10 @@ class VLMTrainerMixin(Trainer):
         self._check_labels(trained, ids)
         self.gradients.saw_image |= trained and "pixel_values" in inputs
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def uncounted_step(self, model: nn.Module, inputs: dict[str, Any], items: Tensor) -> Tensor:
+        """The host's `training_step` on a micro-batch that is no part of the training."""
+        return super().training_step(model, inputs, items)
 
     def _check_labels(self, trained: bool, ids: list[str]) -> None:
         if not ids:  # it only fills the step

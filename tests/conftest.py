@@ -1,9 +1,11 @@
-"""Fixtures for every room: the golden numbers, and checkpoint folders made from them."""
+"""Fixtures for every room: the golden numbers, checkpoint folders made from them, a browser."""
 
 import json
 import os
+import runpy
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported: no test may reach the network.
@@ -13,6 +15,28 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="vlmtune-datasets-")
 
 import pytest
 
+CHROMIUM_FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync --disable-quic "
+    "--disable-extensions --hide-scrollbars --force-color-profile=srgb"
+)
+# Ratios of text and what is behind it, as WCAG 2.2 defines them, of all text that is seen.
+CONTRASTS = """
+const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const colour = (css) => css.match(/[\\d.]+/g).map(Number);
+return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() &&
+  [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())).map((e) => {
+  let behind = e;
+  while (behind && colour(getComputedStyle(behind).backgroundColor)[3] === 0)
+    behind = behind.parentElement;
+  const pair = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor];
+  const [dark, bright] = pair.map(colour).map(light).sort((a, b) => a - b);
+  return [(bright + 0.05) / (dark + 0.05), e.textContent.slice(0, 40)];
+});
+"""
+
+ROOT = Path(__file__).parents[1]
 OVIS_GOLDENS = Path(__file__).parent / "goldens" / "ovis2_5"
 
 
@@ -38,3 +62,66 @@ def checkpoint(tmp_path):
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_ovis(tmp_path_factory) -> Path:
+    """A complete Ovis2.5 folder with a tiny random model."""
+    folder = tmp_path_factory.mktemp("tiny") / "ovis2_5"
+    script = runpy.run_path(str(ROOT / "scripts/make_tiny_ovis2_5.py"))
+    script["build"](ROOT / "sample_data/train.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """A real browser that keeps a log of its console and of what pages ask for."""
+    files = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(files):
+        pytest.skip("no chromium or chromedriver (Debian: chromium, chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = files[0]
+    profile = tmp_path_factory.mktemp("chromium")
+    for flag in (*CHROMIUM_FLAGS.split(), f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(files[1]))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def open_page(chromium) -> Iterator[Callable]:
+    """`open_page(file, width=1280, dark=False)` is the browser with the page. At the end of the
+    test, no page may have written to the console or asked for anything but itself."""
+    opened = []
+
+    def open_file(file: Path, width: int = 1280, dark: bool = False):
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        chromium.get(file.as_uri())
+        opened.append(file.as_uri())
+        return chromium
+
+    chromium.get("about:blank")
+    for log in ("browser", "performance"):
+        chromium.get_log(log)
+    yield open_file
+    events = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    requests = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in requests if not url.startswith("data:")] == opened
+    assert chromium.get_log("browser") == []
+
+
+@pytest.fixture
+def faint_text() -> Callable:
+    """`faint_text(browser)`: text of the page with less than the contrast of 4.5 of WCAG AA."""
+    return lambda browser: [found for found in browser.execute_script(CONTRASTS) if found[0] < 4.5]

@@ -61,6 +61,7 @@ def test_wheel_installs_into_a_clean_environment_and_imports_outside_the_checkou
     assert {n.split("/")[0] for n in names} == {"vlmtune", "vlmtune-0.1.0.dist-info"}
     assert "vlmtune/configs/zero/zero1.json" in names
     assert "vlmtune/py.typed" in names
+    assert "vlmtune/cli/assets/page.css" in names
 
     # The dependencies are those of this environment; the package must come from the wheel alone.
     home = tmp_path / "clean"

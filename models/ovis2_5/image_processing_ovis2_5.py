@@ -153,6 +153,18 @@ class Ovis2_5ImageProcessor(ImageProcessingMixin):
             written += 1
         rows[-1, (written - 1) % tau + 1 :] = rows[-1, (written - 1) % tau]
 
+    def images_of(self, pixels: np.ndarray, grid: Grid) -> list[Image.Image]:
+        """What `write_patches` wrote: the image, or the frames of a video, as resized.
+
+        Args:
+            pixels: uint8 `[N, features]`, the patches of one medium.
+        """
+        p, s, tau = self.patch_size, self.hidden_stride, self.temporal_patch_size
+        t, h, w = grid
+        blocks = pixels.reshape(t, h // s, w // s, s, s, 3, tau, p, p)
+        frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(t * tau, h * p, w * p, 3)
+        return [Image.fromarray(frame) for frame in frames]
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """Bytes of patches, uint8 `[N, features]`, to float32, on the device they are on.
 

@@ -2,52 +2,26 @@
 
     torchrun --nproc_per_node 2 tests/benchmarks/zero_states.py FOLDER zero1 zero2+accumulation ...
 
-Tensors of a CPU run stand for those of GPU and host together. FOLDER takes the checkpoints.
+Beside `accumulation` over two micro-batches an engine may be followed by `float32`, and by what is
+trained instead of all: `visual` (its tokenizer) or `lora`. Tensors of a CPU run stand for those of
+GPU and host together. FOLDER takes the checkpoints.
 """
 
 import gc
 import json
 import logging
 import sys
-import weakref
 from importlib.resources import files
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from vlmtune.models import Ovis2_5, Ovis2_5Config
+from vlmtune.sft.traced_layers import LiveMemory
 
 BUCKET = 100_000  # elements, for ZeRO-1; DeepSpeed's default would be larger than the model
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of all storages made inside it: `live` now, and the `peak` since `reset`."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def reset(self):
-        self.peak = self.live
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._sizes:
-                    weakref.finalize(storage, self._freed, key)
-                self.live += size - self._sizes.get(key, 0)
-                self._sizes[key] = size
-                self.peak = max(self.peak, self.live)
-        return made
-
-    def _freed(self, key: int):
-        self.live -= self._sizes.pop(key)
 
 
 def tiny_config() -> Ovis2_5Config:
@@ -75,7 +49,18 @@ def tiny_config() -> Ovis2_5Config:
     )
 
 
-def settings(engine: str, accumulation: int) -> dict:
+def build(words: list[str]) -> nn.Module:
+    model = Ovis2_5(tiny_config()).train()
+    if "visual" in words:
+        for name, parameter in model.named_parameters():
+            trained = name.startswith("visual_tokenizer.") and parameter.requires_grad
+            parameter.requires_grad_(trained)
+    if "lora" in words:
+        return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    return model
+
+
+def settings(engine: str, accumulation: int, half: bool) -> dict:
     """The shipped file with its "auto" values filled in as transformers fills them."""
     config = json.loads((files("vlmtune.configs") / "zero" / f"{engine}.json").read_text())
     config |= {
@@ -83,7 +68,7 @@ def settings(engine: str, accumulation: int) -> dict:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": half},
         # torch's own Adam instead of a compiled one; its states are the same.
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -99,12 +84,13 @@ def settings(engine: str, accumulation: int) -> dict:
     return config
 
 
-def measure(engine: str, accumulation: int, folder: Path) -> dict:
-    config = settings(engine, accumulation)
+def measure(engine: str, words: list[str], folder: Path) -> dict:
+    accumulation = 2 if "accumulation" in words else 1
+    config = settings(engine, accumulation, half="float32" not in words)
     offload = "offload_optimizer" in config["zero_optimization"]
     ids = torch.arange(8)[None]
     with LiveMemory() as memory:
-        model = Ovis2_5(tiny_config()).train()
+        model = build(words)
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], foreach=not offload, fused=offload
         )
@@ -123,8 +109,8 @@ def measure(engine: str, accumulation: int, folder: Path) -> dict:
                 ds.step()
             gc.collect()
         found = {
-            "engine": engine,
-            "accumulation": accumulation,
+            "run": "+".join([engine, *words]),
+            "words": words,
             "zero": config["zero_optimization"],
             "settled": memory.live,
             "activations": activations,
@@ -133,9 +119,11 @@ def measure(engine: str, accumulation: int, folder: Path) -> dict:
         }
     states = getattr(ds.optimizer, "optimizer", ds.optimizer).state.values()
     found["adam_steps"] = int(next(iter(states))["step"])
-    ds.save_checkpoint(str(folder / engine))
+    place = folder / found["run"]
+    # As the host does for adapters.
+    ds.save_checkpoint(str(place), exclude_frozen_parameters="lora" in words)
     torch.distributed.barrier()
-    found["disk"] = sum(f.stat().st_size for f in (folder / engine).rglob("*.pt"))
+    found["disk"] = sum(f.stat().st_size for f in place.rglob("*.pt"))
     ds.destroy()
     return found
 
@@ -146,8 +134,8 @@ if __name__ == "__main__":
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed(dist_backend="gloo")
     for word in sys.argv[2:]:
-        name, _, accumulated = word.partition("+")
-        line = measure(name, 2 if accumulated else 1, Path(sys.argv[1]))
+        name, *chosen = word.split("+")
+        line = measure(name, chosen, Path(sys.argv[1]))
         if torch.distributed.get_rank() == 0:
             print(json.dumps(line), flush=True)
         gc.collect()

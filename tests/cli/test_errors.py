@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlmtune.cli.main import main
+from vlmtune.cli.main import COMMANDS, main
 from vlmtune.core.errors import DataError
 
 
@@ -73,7 +73,8 @@ def turns(question="<image>\nWhat is it?", answer="A square.", asker="human"):
         ),
         ({"image": None}, "conversations[0].value", '"image" lists 0 files', "list a file"),
         ({"image": "gone.png"}, "image", "gone.png does not exist", "image_folder"),
-        ({"image": "empty.png"}, "image", "no image Pillow can read", "replace"),
+        ({"image": "empty.png"}, "image", "empty.png is empty", "replace"),
+        ({"image": "text.png"}, "image", "no image Pillow can read", "replace"),
         ({"image": "cut.png"}, "image", "is corrupt", "replace"),
         ({"image": "bomb.png"}, "image", "too many pixels", "scale it down"),
         ({"conversations": turns(answer=" \n")}, "conversations[1].value", "without text", "write"),
@@ -81,6 +82,7 @@ def turns(question="<image>\nWhat is it?", answer="A square.", asker="human"):
 )
 def test_bad_record(changes, place, what, fix, train, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_bytes(b"no picture")
     noise = Image.effect_noise((64, 64), 90)
     noise.save(tmp_path / "whole.png")
     cut = (tmp_path / "whole.png").read_bytes()
@@ -302,6 +304,26 @@ def test_help_answers_without_torch(words):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("usage: vlmtune train")
     assert done.stdout.splitlines()[-1] == "0 False False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_answers_at_once_without_torch(command):
+    code = (
+        "import sys, time\nfrom vlmtune.cli.main import main\n"
+        f"try:\n    main({[*command.split(), '--help']})\n"
+        "except SystemExit as stopped:\n"
+        "    heavy = [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules]\n"
+        "    print(stopped.code, heavy, time.process_time() < 0.3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith(f"usage: vlmtune {command} "), done.stderr
+    assert done.stdout.splitlines()[-1] == "0 [] True"
+
+
+def test_output_cut_off_by_its_reader_leaves_no_traceback():
+    command = f"{sys.executable} -m vlmtune.cli.main config --schema | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("{\n", "")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from vlmtune.cli.signals import handling, leave, stop_workers
+from vlmtune.cli.main import main
+from vlmtune.cli.signals import leave, stop_workers
+from vlmtune.core.signals import handling
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -27,6 +29,24 @@ def test_a_second_signal_does_not_disturb_leaving():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.code == 75
+
+
+def test_terminated_command_cleans_up_and_leaves_with_143(monkeypatch, capsys):
+    cleaned = []
+
+    def command(words: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # which is too late to disturb
+            cleaned.append(words)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("vlmtune.cli.env.main", command)
+    assert main(["env", "now"]) == 143
+    assert cleaned == [["now"]]
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_children_that_lead_a_session_are_stopped():

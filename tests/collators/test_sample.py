@@ -84,7 +84,7 @@ def test_row_is_small_and_has_the_columns_of_a_prepared_dataset(make_encoder):
     # 16 and 4 visual tokens, and the answer with its end.
     assert row["length"] == len(row["ids"]) + 15 + 3
     assert row["trained"].tolist() == [row["length"] - 2, row["length"]]
-    assert (row["trained_tokens"], row["patches"]) == (2, 80)
+    assert (row["trained_tokens"], row["cut"], row["patches"]) == (2, 0, 80)
     assert row["patches_squared"] == 64**2 + 16**2
 
 
@@ -102,8 +102,11 @@ def test_row_of_an_empty_question_has_tokens_and_trains_none(make_encoder):
 def test_row_is_exact_at_every_length_limit(make_encoder, as_list):
     said = ["<image>5", "<tool_response>2</tool_response>9", "<image>7", "9"]
     conversation = parse(*said, image=["tiny_2x2.png", "grad_40x70.png"])
-    whole = len(make_encoder().row(conversation)["ids"])
-    for limit in range(whole + 60):
+    whole = make_encoder().row(conversation)
+    whole_length = whole["length"] + whole["cut"]
+    expanded = make_encoder(multimodal_max_length=4).expand(conversation, [(1, 2, 2), (1, 40, 70)])
+    assert (len(expanded.ids), len(expanded.media)) == (whole_length, 2)
+    for limit in range(len(whole["ids"]) + 60):
         encoder = make_encoder(multimodal_max_length=limit)
         encoded = encoder.encode(conversation, [(1, 2, 2), (1, 40, 70)])
         row = encoder.columns(conversation, [(1, 2, 2), (1, 40, 70)])
@@ -112,6 +115,7 @@ def test_row_is_exact_at_every_length_limit(make_encoder, as_list):
         ids, labels = encoder.ids_and_labels(row)
         assert (ids.tolist(), labels.tolist()) == (encoded.ids, encoded.labels)
         assert row["length"] == len(ids)
+        assert row["length"] + row["cut"] == whole_length
         assert row["trained_tokens"] == encoded.trained_tokens
         assert len(grids_of(row)) == len(encoded.media)
 

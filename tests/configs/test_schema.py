@@ -56,6 +56,7 @@ def test_defaults_are_those_of_the_reference():
         "early_stopping_threshold": 0.0,
         "recompute": None,
         "max_empty_batches": 10,
+        "probe": False,
     }
 
 
@@ -226,4 +227,4 @@ def test_to_dict_is_flat_with_own_defaults_and_the_given_training_keys():
     assert flat["model_path"] == "m"
     assert flat["text_max_length"] == 4096
     assert (flat["trainer"], flat["output_dir"], flat["seed"]) == ("trl", "o", 7)
-    assert len(flat) == 9 + 23 + 8 + 21 + 2
+    assert len(flat) == 9 + 23 + 9 + 21 + 2

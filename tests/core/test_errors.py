@@ -38,6 +38,14 @@ def test_a_pickled_error_is_the_same_error():
     assert (str(again), again.where, again.what, again.fix) == (TEXT, *PARTS)
 
 
+def test_a_code_is_no_part_of_the_message_and_is_kept_by_pickling():
+    error = DataError(*PARTS, "image-marks-many")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(error) == str(again) == TEXT
+    assert error.code == again.code == "image-marks-many"
+    assert DataError(*PARTS).code == DataError(f"DataError: {TEXT}").code == ""
+
+
 def test_the_end_of_a_traceback_gives_the_parts_again():
     earlier = "Traceback (most recent call last):\n  File 'a.py', line 3, in load\n"
     cause = "OSError: broken\n\nThe above exception was the direct cause:\n\n"

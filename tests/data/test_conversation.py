@@ -6,7 +6,13 @@ import datasets
 import pytest
 
 from vlmtune.core.errors import DataError
-from vlmtune.data.conversation import Conversation, Turn, parse_conversation
+from vlmtune.data.conversation import (
+    Conversation,
+    Turn,
+    parse_conversation,
+    read_conversation,
+    record_id,
+)
 from vlmtune.data.dataset import FEATURES
 
 AT = 'train.json, record 17 (id "coco_0123")'
@@ -436,7 +442,7 @@ def test_record_must_be_an_object(given, what):
 def test_row_survives_an_arrow_dataset_and_names_the_record_and_its_files(said, media):
     conversation = parse(record(said, **media), image_folder="/data")
     lists = {"ids": [7, 8], "trained": [1, 2], "grids": [1, 4, 4]}
-    numbers = {"length": 5, "trained_tokens": 1, "patches": 16, "patches_squared": 256}
+    numbers = {"length": 5, "trained_tokens": 1, "cut": 0, "patches": 16, "patches_squared": 256}
     row = {**conversation.to_row(), **lists, **numbers}
     other = {**parse(record(PLAIN)).to_row(), **lists, **numbers}
     dataset = datasets.Dataset.from_list([other, row], features=FEATURES)
@@ -640,3 +646,135 @@ def test_broken_caption_is_refused_with_its_place(keys, place, what):
 def test_caption_record_in_a_set_of_conversations_is_refused():
     error = error_of({"id": "coco_0123", "image": "a.png", "caption": "A cat."})
     assert (error.where, error.what) == (f"{AT}, conversations", "is missing, not a list.")
+
+
+def faults_of(given: Any, data_format: str = "conversation") -> list[tuple[str, str]]:
+    _, faults = read_conversation(given, "train.json", 17, "/data", data_format)
+    return [(fault.where.removeprefix(AT).removeprefix(", "), fault.code) for fault in faults]
+
+
+@pytest.mark.parametrize(
+    ("given", "faults"),
+    [
+        pytest.param(record(PLAIN), [], id="none"),
+        pytest.param([], [("train.json, record 17", "not-object")], id="no-object"),
+        pytest.param(
+            {"id": "coco_0123", "image": 5},
+            [("conversations", "turns-missing"), ("image", "media-field")],
+            id="no-turns",
+        ),
+        pytest.param(
+            record(
+                [("user", "<image>"), ("gpt", " "), ("tool", 5), ("gpt", "<tool_response>")],
+                image=["a.png", 5],
+                video=["", "b.mp4", "c.mp4"],
+            ),
+            [
+                ("conversations[0].from", "role-unknown"),
+                ("conversations[1].value", "answer-empty"),
+                ("conversations[2].from", "role-unknown"),
+                ("conversations[2].value", "text-type"),
+                ("conversations[3].value", "tool-response"),
+                ("image", "media-field"),
+                ("video", "media-field"),
+                ("video", "video-several"),
+                ("", "media-mixed"),
+            ],
+            id="many",
+        ),
+        pytest.param(
+            record([("Human", "cut \ud83d"), ("human", "<image>")], image=["a.png", ""]),
+            [
+                ("conversations[0].from", "role-unknown"),
+                ("conversations[0].value", "surrogate"),
+                ("conversations", "answer-none"),
+                ("image", "media-field"),
+            ],
+            id="an-empty-path-is-no-file",
+        ),
+        pytest.param(
+            record(asked("<video>"), image=["a.png", "b.png"]),
+            [("image", "image-marks-few"), ("conversations[0].value", "video-marks")],
+            id="marks-of-both-kinds",
+        ),
+        pytest.param(
+            record(asked("<image>"), images=[], image="a.png"),
+            [("", "media-twice"), ("conversations[0].value", "image-marks-many")],
+            id="image-and-images",
+        ),
+        pytest.param(
+            messages(("user", [text_part("a"), {"type": "audio"}, {"type": "image"}])),
+            [("messages[0].content[1]", "content-part"), ("messages", "answer-none")],
+            id="marks-of-a-text-that-is-not-whole-are-not-counted",
+        ),
+        pytest.param(
+            {"id": "coco_0123", "conversations": [5, *messages(GOOD, ("bot", ""))["messages"]]},
+            [
+                ("conversations[0]", "turn-form"),
+                ("conversations[1]", "turn-form"),
+                ("conversations[2]", "turn-form"),
+                ("conversations[2].content", "answer-empty"),
+            ],
+            id="turns-of-the-other-form-are-read",
+        ),
+        pytest.param(
+            record([("human", "What?"), ("tool", "5")]),
+            [("conversations[1].from", "role-unknown")],
+            id="an-unknown-role-may-be-the-answer",
+        ),
+    ],
+)
+def test_every_fault_of_a_record_is_found_in_the_order_of_reading(given, faults):
+    assert faults_of(given) == faults
+
+
+@pytest.mark.parametrize(
+    ("keys", "faults"),
+    [
+        ({}, [("caption", "text-type")]),
+        (
+            {"caption": " ", "caption_template": "See:", "image": 5},
+            [
+                ("caption", "caption-empty"),
+                ("caption_template", "caption-template"),
+                ("image", "media-field"),
+            ],
+        ),
+        ({"caption": "A cat."}, [("caption_template", "image-marks-many")]),
+    ],
+)
+def test_every_fault_of_a_caption_record_is_found(keys, faults):
+    assert faults_of({"id": "coco_0123", **keys}, "caption") == faults
+
+
+def test_what_can_be_read_of_a_faulty_record_stands_at_its_place():
+    given = record(
+        [("Human", "cut \ud83d"), ("tool", "5"), ("gpt", 5)], image=["a.png", "", "b.png"]
+    )
+    given["conversations"].append("A cat.")
+    conversation, _ = read_conversation(given, "train.json", 17, "/data")
+    assert conversation is not None
+    assert conversation.turns == [
+        Turn("user", "cut ?"),
+        Turn("", "5"),
+        Turn("assistant", "", trained=True),
+        Turn("", ""),
+    ]
+    assert conversation.images == ["/data/a.png", "/data/b.png"]
+
+
+def test_values_as_long_and_deep_as_json_can_hold_are_told_shortly():
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    for key in ("id", "image", "conversations"):
+        error_of({**record([("robot", "What?")]), key: deep})
+    assert record_id({"id": deep}, 1) == "[[[[[[[...]]]]]]]"
+    error = error_of(record([("x" * 10_000, "What?"), ("gpt", "A cat.")], image=deep))
+    assert len(str(error)) < 400
+    assert len(str(error_of(record(PLAIN, image=["x" * 10_000 + "\0"])))) < 500
+
+
+def test_a_path_that_starts_with_no_users_name_is_a_path():
+    given = record(asked("<image>"), image="~nobody-of-this-name.png")
+    assert parse(given, "/data").images == ["/data/~nobody-of-this-name.png"]

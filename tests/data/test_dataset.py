@@ -72,6 +72,7 @@ class Checks:
             "grids": np.array(sizes, np.int32),
             "length": len(words) + sum(sizes),
             "trained_tokens": trained,
+            "cut": 3 if "cut" in conversation.turns[0].text else 0,
             "patches": sum(sizes),
             "patches_squared": sum(size**2 for size in sizes),
         }
@@ -129,6 +130,7 @@ def test_a_sample_becomes_a_row_that_trl_leaves_alone(write, prepare, tmp_path):
             "grids": [5],
             "length": 9,
             "trained_tokens": 2,
+            "cut": 0,
             "patches": 5,
             "patches_squared": 25,
         }

@@ -184,7 +184,6 @@ def test_missing_image_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(b"", id="zero-bytes"),
         pytest.param(b"<html>404</html>", id="web-page"),
         pytest.param(b"\x89PNG\r\n\x1a\n", id="signature-alone"),
         pytest.param(png(0, 5, IDAT=b""), id="no-width"),
@@ -196,6 +195,11 @@ def test_what_is_no_image_is_refused(file, content):
     error = error_of(path)
     assert error.what == f"{path} is no image Pillow can read."
     assert error.fix == "replace or remove it."
+
+
+def test_empty_image_is_refused(file):
+    path = file(b"")
+    assert error_of(path).what == f"{path} is empty."
 
 
 def test_png_whose_pixels_end_in_another_chunk_is_called_corrupt(file):

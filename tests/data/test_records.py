@@ -7,6 +7,7 @@ import pytest
 
 from vlmtune.core.errors import DataError
 from vlmtune.data.conversation import parse_conversation
+from vlmtune.data.findings import CODES
 from vlmtune.data.records import read_records
 
 BOM = "\ufeff"
@@ -87,6 +88,35 @@ def test_empty_file_is_refused(tmp_path, name, text):
     error = error_of(path)
     assert (error.where, error.what) == (str(path), "the file is empty.")
     assert error.fix == "write a JSON array of records."
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (None, "file-unreadable"),
+        (b" ", "file-empty"),
+        (b"5", "file-form"),
+        (b'["\xe9"]', "encoding"),
+        (b"[1,]", "json"),
+        (b'{"a" 1}', "json"),
+        (b"[" * 100_000, "json-value"),
+        (b'{"a": %s}' % (b"1" * 5000), "json-value"),
+    ],
+)
+def test_a_file_that_cannot_be_read_has_a_code(tmp_path, content, code):
+    path = tmp_path / "d.json"
+    if content is not None:
+        path.write_bytes(content)
+    error = error_of(path)
+    assert error.code == code and CODES[code].severity == "error"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [('{"a" 1}', "json"), ('{"a": %s}' % ("1" * 5000), "json-value")]
+)
+def test_a_broken_line_has_a_code(tmp_path, line, code):
+    [(_, error)] = read_records(write(tmp_path, "d.jsonl", line))
+    assert error.code == code
 
 
 @pytest.mark.parametrize(

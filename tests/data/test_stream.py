@@ -37,6 +37,7 @@ class Checks:
             "grids": [],
             "length": 3,
             "trained_tokens": len(trained),
+            "cut": 0,
             "patches": 0,
             "patches_squared": 0,
         }
@@ -124,6 +125,7 @@ def test_row_is_that_of_a_prepared_dataset(stream, tmp_path):
         "grids": [],
         "length": 3,
         "trained_tokens": 2,
+        "cut": 0,
         "patches": 0,
         "patches_squared": 0,
     }

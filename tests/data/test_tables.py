@@ -229,7 +229,7 @@ def test_reference_written_in_a_record_is_only_a_path(tmp_path, images):
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"no image", "is no image Pillow can read."), (b"", "is no image Pillow can read.")],
+    [(b"no image", "is no image Pillow can read."), (b"", "is empty.")],
 )
 def test_bad_bytes_are_refused_with_their_place(tmp_path, content, what):
     source = write_parquet(tmp_path / "t.parquet", [{"image": content}])

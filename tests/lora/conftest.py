@@ -1,6 +1,5 @@
 """Tiny models in several files, adapters with random values on them, and PEFT's own merge."""
 
-import runpy
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import vlmtune.models  # noqa: F401
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "ovis2_5"
-    script = runpy.run_path(str(ROOT / "scripts/make_tiny_ovis2_5.py"))
-    script["build"](ROOT / "sample_data/train.json", folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(tiny_folder, tmp_path_factory):
+def base(tiny_ovis, tmp_path_factory):
     """`base(dtype, tied)` is a tiny Ovis2.5 in five files or more, complete with its processor."""
     made: dict[tuple, Path] = {}
 
@@ -31,14 +20,14 @@ def base(tiny_folder, tmp_path_factory):
             folder = (
                 tmp_path_factory.mktemp("base") / f"ovis-{dtype}-{'tied' if tied else 'untied'}"
             )
-            model = load(tiny_folder)
+            model = load(tiny_ovis)
             if not tied:
                 head = model.get_output_embeddings()
                 head.weight = torch.nn.Parameter(head.weight.detach().flip(0))
                 model.config.llm_config.tie_word_embeddings = False
                 model.all_tied_weights_keys = {}
             model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="300KB")
-            AutoProcessor.from_pretrained(tiny_folder).save_pretrained(folder)
+            AutoProcessor.from_pretrained(tiny_ovis).save_pretrained(folder)
             made[dtype, tied] = folder
         return made[dtype, tied]
 

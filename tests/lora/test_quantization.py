@@ -98,9 +98,9 @@ def test_the_linear_layers_that_are_quantised_are_those_planned(folder, bits, ke
     assert plain == {torch.float32}
 
 
-def test_layers_whose_inputs_are_no_whole_blocks_are_quantised_in_8_bits_alone(tiny_folder):
-    four = planned(tiny_folder, load_in_4bit=True, unquantized_parts="").modules
-    eight = planned(tiny_folder, load_in_8bit=True, unquantized_parts="").modules
+def test_layers_whose_inputs_are_no_whole_blocks_are_quantised_in_8_bits_alone(tiny_ovis):
+    four = planned(tiny_ovis, load_in_4bit=True, unquantized_parts="").modules
+    eight = planned(tiny_ovis, load_in_8bit=True, unquantized_parts="").modules
     assert set(eight) - set(four) == {
         f"{ENCODER}.{i}.{name}"
         for i in range(2)

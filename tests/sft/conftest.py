@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -43,14 +42,6 @@ COMMAND = """
 from vlmtune.cli.main import main
 sys.exit(main(words))
 """
-
-
-@pytest.fixture(scope="session")
-def tiny_ovis(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "ovis2_5"
-    script = runpy.run_path(str(ROOT / "scripts/make_tiny_ovis2_5.py"))
-    script["build"](ROOT / "sample_data/train.json", folder)
-    return folder
 
 
 def flags(model: Path, folder: Path, keys: dict) -> list[str]:

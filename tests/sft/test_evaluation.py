@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from vlmtune.cli.main import main
 from vlmtune.collators.padded import PaddedCollator
 from vlmtune.configs.load import load_config
+from vlmtune.models.loading import load_processor
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.data import load_data
-from vlmtune.sft.train import load_model, load_processor
+from vlmtune.sft.train import load_model
 from vlmtune.sft.trainer import VLMTrainerMixin, evaluations_without_progress
 
 pytestmark = pytest.mark.slow

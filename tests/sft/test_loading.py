@@ -13,12 +13,13 @@ from torch import Tensor
 from vlmtune.cli.main import main
 from vlmtune.configs.load import load_config
 from vlmtune.core.distributed import usable_cores
+from vlmtune.models.loading import load_processor
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
 from vlmtune.sft.modules import apply_train_modules
 from vlmtune.sft.rows import plan_rows
-from vlmtune.sft.train import load_model, load_processor
+from vlmtune.sft.train import load_model
 from vlmtune.sft.trainer import VLMTrainerMixin, make_trainer
 
 pytestmark = pytest.mark.slow

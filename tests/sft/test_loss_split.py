@@ -16,11 +16,12 @@ from transformers import TrainerCallback
 from vlmtune.collators.padded import PaddedCollator
 from vlmtune.configs.load import load_config
 from vlmtune.core.errors import DataError
+from vlmtune.models.loading import load_processor
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
 from vlmtune.sft.modules import apply_train_modules
-from vlmtune.sft.train import load_model, load_processor
+from vlmtune.sft.train import load_model
 from vlmtune.sft.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
