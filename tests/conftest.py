@@ -73,7 +73,7 @@ def tiny_ovis(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """A real browser that keeps a log of its console and of what pages ask for."""
     files = [shutil.which(name) for name in ("chromium", "chromedriver")]
