@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from vlmtune.configs.load import load_config
+from vlmtune.configs.recompute import parse_recompute
 from vlmtune.models import Ovis2_5Processor
 from vlmtune.models.attention import packing_attention
 from vlmtune.models.loading import load_processor
@@ -29,6 +31,7 @@ from vlmtune.models.ovis2_5.flops import STAGES, training_flops
 from vlmtune.sft.arguments import training_arguments
 from vlmtune.sft.batches import train_batches
 from vlmtune.sft.data import load_data
+from vlmtune.sft.memory import Batch, estimate
 from vlmtune.sft.modules import TrainedModule, apply_train_modules
 from vlmtune.sft.rows import plan_rows
 from vlmtune.sft.trainer import make_trainer
@@ -137,15 +140,40 @@ def ours(setting: Setting, size: str, packed: bool, lora: bool) -> dict:
     args = training_arguments(config)
     data = load_data(config, args, load_processor(config.model.model_path))
     attention = packing_attention(None) if packed else "sdpa"
-    model = build_model(setting, size, setting.half if lora else torch.float32, attention)
-    if lora:
-        model, modules = add_lora(model, args.learning_rate)
-    else:
-        modules = apply_train_modules(model, config.model, args.learning_rate)
+
+    def built(setting: Setting) -> tuple[Any, list[TrainedModule]]:
+        model = build_model(setting, size, setting.half if lora else torch.float32, attention)
+        if lora:
+            return add_lora(model, args.learning_rate)
+        return model, apply_train_modules(model, config.model, args.learning_rate)
+
+    model, modules = built(setting)
     packing = plan_rows(config, model, data) if packed else None
     batches = train_batches(args, data, packing, rank=0, world=1)
     trainer = make_trainer(config, model, args, data, batches, modules, [], {})
-    return watched(trainer, setting, lora)
+    result, measured = watched(trainer, setting, lora)
+    planned, _ = built(replace(setting, device="meta"))
+    peak = planned_peak(planned, args, measured)
+    over = result["peak_gib"] and round(peak / result["peak_gib"], 3)
+    return {**result, "planned_peak_gib": round(peak, 2), "planned_over_peak": over}
+
+
+def planned_peak(model: Any, args: SFTConfig, batches: list[Batch]) -> float:
+    """GiB that `vlmtune plan` expects of a GPU with the largest of these micro-batches."""
+    peaks = [
+        estimate(
+            model,
+            batch,
+            zero={},
+            gpus=1,
+            recompute=parse_recompute("none"),
+            precision="bf16" if args.bf16 else "fp32",
+            optimizer=OptimizerNames(args.optim).value,
+            accumulation=args.gradient_accumulation_steps > 1,
+        )["peak"]
+        for batch in batches
+    ]
+    return max(peaks) / 2**30
 
 
 def data_keys(setting: Setting, size: str) -> dict[str, Any]:
@@ -201,7 +229,7 @@ def trl(setting: Setting, size: str, tuned: bool) -> dict:
         train_dataset=trl_dataset(setting),
         processing_class=trl_processor(setting, size),
     )
-    return watched(trainer, setting, lora=False)
+    return watched(trainer, setting, lora=False)[0]
 
 
 class SmallImages(Ovis2_5Processor):
@@ -242,14 +270,15 @@ def trl_dataset(setting: Setting) -> Dataset:
     return Dataset.from_list(rows, features=features)
 
 
-def watched(trainer: Trainer, setting: Setting, lora: bool) -> dict:
-    """Train, and measure the steps after the warm-up."""
+def watched(trainer: Trainer, setting: Setting, lora: bool) -> tuple[dict, list[Batch]]:
+    """Train, and measure the steps after the warm-up, of which the micro-batches are returned."""
     watch = Watch(trainer, setting)
     trainer.add_callback(watch)
     trainer.train()
     model: Any = trainer.model
     config = (model.get_base_model() if lora else model).config
     seconds, tokens, positions, flops = watch.timer.seconds, 0, 0, 0.0
+    batches = []
     for lengths, trained, grids, allocated in watch.contents:
         frames = [(h * w) for t, h, w in grids for _ in range(t)]
         totals = np.zeros((3, len(lengths)))  # only the lengths matter sample by sample
@@ -257,8 +286,11 @@ def watched(trainer: Trainer, setting: Setting, lora: bool) -> dict:
         stages = {"trained": (), "adapted": ("llm",)} if lora else {"trained": STAGES}
         flops += float(training_flops(config, np.array(lengths), *totals, **stages).sum())
         tokens, positions = tokens + sum(lengths), positions + allocated
+        padded = allocated > sum(lengths)
+        rows = len(lengths) if padded else 1
+        batches.append(Batch(rows, allocated, int(trained), sum(frames), padded))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
+    result = {
         "steps": setting.steps,
         "seconds_per_step": round(seconds / setting.steps, 4),
         "tokens_per_second": round(tokens / seconds, 1),
@@ -268,6 +300,7 @@ def watched(trainer: Trainer, setting: Setting, lora: bool) -> dict:
         "peak_gib": watch.peak_gib,
         "last_loss": losses[-1] if losses else None,
     }
+    return result, batches
 
 
 class Watch(TrainerCallback):

@@ -21,7 +21,8 @@ costs only itself.
 Of the training parts: tokens/s counts real tokens. MFU counts useful operations alone
 (models/ovis2_5/flops.py): no padding, no recomputing, the head at supervised positions. Times are
 CUDA events over ten optimizer steps after three to warm up; the peak memory is reset there too.
-`data_wait_share` is the time that the process waited for its loader.
+`planned_over_peak` is what `vlmtune plan` says of the same micro-batches over that peak; goal:
+0.9 to 1.1. `data_wait_share` is the time that the process waited for its loader.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="GPUs of the run (default: those of this machine, 1)"
+        "--gpus", type=int, metavar="N", help="GPUs of the run (default: those here, or 1)"
     )
     parser.add_argument(
         "--gpu_memory", type=float, default=80, metavar="GB", help="of each, 10^9 bytes (80)"

@@ -198,10 +198,12 @@ def _steps(config: RunConfig, args: SFTConfig, plan: Forecast) -> Iterator[Doubt
     if config.data.packing:
         return
     layout = next(layout for layout in plan.layouts if layout.configured)
-    dropped = samples - layout.micro_batches * steps.per_device
-    rest = samples % steps.global_batch
+    # It leaves out what does not reach every process, and no step of fewer accumulated batches.
+    drop = args.dataloader_drop_last
+    taken = layout.micro_batches * steps.per_device if drop else samples
+    dropped, rest = samples - taken, taken % steps.global_batch
     counts = steps.per_epoch <= min(FEW_STEPS, steps.total)  # the last step of an epoch
-    if args.dataloader_drop_last and dropped * FEW_STEPS > samples:
+    if dropped * FEW_STEPS > samples:
         yield Doubt(
             "dataloader_drop_last",
             f"leaves out {dropped:,} of {samples:,} samples of every epoch, which fill no batch",
@@ -214,12 +216,13 @@ def _steps(config: RunConfig, args: SFTConfig, plan: Forecast) -> Iterator[Doubt
             "make one smaller step",
             "choose a batch that divides the samples, or use fewer GPUs or less accumulation",
         )
-    elif not args.dataloader_drop_last and rest and counts:
+    elif rest and counts:
+        also = "" if steps.accumulation > 1 else ", or dataloader_drop_last"
         yield Doubt(
             "per_device_train_batch_size",
             f"the last of {steps.per_epoch:,} steps of an epoch has {rest:,} samples, the others "
             f"{steps.global_batch:,}, and it moves the weights as far as they do",
-            "choose a batch that divides the samples, or dataloader_drop_last",
+            f"choose a batch that divides the samples{also}",
         )
 
 

@@ -35,6 +35,8 @@ def test_the_suite_runs_and_both_sides_agree(parts, tmp_path):
         assert part["steps"] == 2
         assert part["tokens_per_second"] > 0 and part["tflops"] > 0
         assert (part["padding_share"] == 0) == (name in ("packed_2b", "lora_9b"))
+        # On a CPU there is no peak to compare it with.
+        assert part.get("planned_peak_gib", 0) > 0 or name.startswith("trl")
     parity = found["parity"]
     assert all(parity["equal_to_trl"].values())
     losses = parity["losses"]

@@ -67,6 +67,14 @@ def test_batch_that_does_not_divide_the_samples(plan):
         "per_device_train_batch_size": "a step is of 1,024 samples, and an epoch has 700, which "
         "make one smaller step"
     }
+    # 175 micro-batches of 4, 4 to a step: dropping the last batch drops none, and 3 are left.
+    drop = {**keys, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    found = plan(**drop, dataloader_drop_last=True)
+    assert told(found) == {
+        "per_device_train_batch_size": "the last of 44 steps of an epoch has 12 samples, the "
+        "others 16, and it moves the weights as far as they do"
+    }
+    assert found.doubts[0].fix == "choose a batch that divides the samples"
 
 
 def test_keys_without_effect_and_samples_without_use(plan):
