@@ -14,7 +14,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 # Control characters as their pictures, except tab and newline: HTML would drop or change them.
 # What turns the direction of the text around it, or has no picture, as a replacement character.
-_VISIBLE = (
+VISIBLE = (
     {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
     | {
         code: 0xFFFD
@@ -26,7 +26,7 @@ _VISIBLE = (
 
 def text(value: object) -> str:
     """What is shown of a value, also between quotes: nothing in it is read as HTML."""
-    return escape(str(value).translate(_VISIBLE))
+    return escape(str(value).translate(VISIBLE))
 
 
 def document(title: str, body: str, name: str) -> str:

@@ -7,19 +7,9 @@ from pathlib import Path
 from ..sft.forecast import DataForecast, EngineMemory, Forecast, Histogram, Layout, SampleRef
 from .charts import Line, Part, bars, columns, key
 from .page import document, facts, percent, remark, table, text, write
-from .plan_text import duration
+from .plan_text import TERMS, duration
 
 GB = 10**9
-TERMS = {
-    "weights": "weights",
-    "master": "fp32 copy",
-    "moments": "moments",
-    "gradients": "gradients",
-    "backward": "buffers",
-    "activations": "activations",
-    "step": "optimizer step",
-}
-"""Terms of memory -> their names here, in the order of the bars."""
 
 
 def write_page(path: Path, forecast: Forecast) -> None:

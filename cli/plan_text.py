@@ -20,10 +20,13 @@ TERMS = {
     "moments": "moments",
     "gradients": "gradients",
     "backward": "buffers",
-    "activations": "activ.",
-    "step": "step",
+    "activations": "activations",
+    "step": "optimizer step",
 }
-"""Terms of memory -> heads of their columns."""
+"""Terms of memory -> their names, in the order in which they are shown."""
+
+SHORT = {"activations": "activ.", "step": "step"}
+"""Of those too long for the head of a column."""
 
 
 def plan_text(f: Forecast) -> str:
@@ -60,7 +63,7 @@ def _summary(f: Forecast) -> Iterator[str]:
     yield from _facts(
         {
             "memory": f"{engine} {verdict}: {_gb(used.peak)} of {_gb(usable)} GB per GPU "
-            f"({_gb(f.gpu_memory)} less {f.reserve:.0%}), most of it {_term(used.dominant)}",
+            f"({_gb(f.gpu_memory)} less {f.reserve:.0%}), most of it {TERMS[used.dominant]}",
             "time": f"{duration(compute.hours)}, {compute.gpu_hours:,.1f} GPU hours, at "
             f"{compute.mfu:.0%} of {compute.tflops:g} TFLOP/s, which are assumed (--mfu, --tflops)",
             "steps": f"{steps.total:,} in {epochs}, {steps.warmup:,} of them warmup; each of "
@@ -178,12 +181,12 @@ def _parameters(f: Forecast) -> Iterator[str]:
 
 def _memory(f: Forecast) -> Iterator[str]:
     terms = [term for term in TERMS if any(term in engine.terms for engine in f.engines)]
-    rows = [["engine", *(TERMS[t] for t in terms), "peak", "", "most of it", "host"]]
+    rows = [["engine", *(SHORT.get(t, TERMS[t]) for t in terms), "peak", "", "most of it", "host"]]
     for engine in f.engines:
         cells = (_gb(engine.terms[t]) if t in engine.terms else "-" for t in terms)
         fits = "refused" if engine.refused else "fits" if engine.fits else "too much"
         host = _gb(engine.host) if engine.host else "-"
-        told = (_gb(engine.peak), fits, _term(engine.dominant), host)
+        told = (_gb(engine.peak), fits, TERMS[engine.dominant], host)
         rows.append([_named(engine), *cells, *told])
     yield from _table(rows)
     yield from _wrapped(
@@ -264,10 +267,6 @@ def _named(entry: Layout | EngineMemory) -> str:
 
 def _count_of(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
-def _term(name: str) -> str:
-    return {"step": "optimizer step", "activations": "activations"}.get(name, TERMS[name])
 
 
 def _value(value: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from ..collators.pieces import Piece
 from ..collators.preview import Medium, Preview
+from .page import VISIBLE
 
 LONGEST = 1200
 """Characters of a piece that are shown; of a longer one its middle is left out."""
@@ -25,11 +26,7 @@ COLOURS = {
 """SGR codes that every terminal knows; trained text is bold too."""
 
 # What would move the cursor, hide text or turn its direction is shown as a picture.
-_VISIBLE = (
-    {code: chr(0x2400 + code) for code in range(0x20)}
-    | {code: "�" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-    | {0x7F: "␡", ord("\n"): "⏎", ord("\t"): "⇥"}
-)
+_VISIBLE = VISIBLE | {ord("\n"): "⏎", ord("\t"): "⇥"}
 _COLUMNS = f"   {'tokens':>8}  {'kind':13}  "
 
 

@@ -6,9 +6,9 @@ from functools import cache, partial
 from ..configs.schema import RunConfig
 from ..core.errors import ConfigError
 from ..core.logging import quiet_hosts
-from ..data.inspection import CheckSample
+from ..data.record_inspection import CheckSample
 from ..data.validate import arguments, exit_code, run
-from ..data.validation import Summary
+from ..data.validation_run import Summary
 from .planned import planned_config
 
 

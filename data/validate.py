@@ -12,9 +12,9 @@ from ..core.distributed import usable_cores
 from ..core.errors import ConfigError, VLMTuneError
 from ..core.signals import handling, interrupted, terminate
 from .findings import CODES, Finding
-from .inspection import CheckSample
+from .record_inspection import CheckSample
 from .sources import resolve_sources
-from .validation import Summary, counted, validate
+from .validation_run import Summary, counted, validate
 
 SHOWN = 400
 """Characters of a finding's line on the terminal; the report has all of them."""

@@ -308,6 +308,27 @@ def test_video_shows_the_frames_that_are_taken(make_encoder):
     assert [image.size for image in images_of(encoder, row)] == [(16, 16)] * 3
 
 
+def test_video_file_shows_the_frames_that_are_taken(make_encoder, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "grey.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for level in (0, 60, 120, 180, 240):
+            pixels = np.full((32, 48, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    encoder = make_encoder(min_frames=2, max_frames=3, video_min_pixels=64, video_max_pixels=512)
+    given = record("human: <video>\nWhat?", "gpt: Grey.", video=str(tmp_path / "grey.mp4"))
+    seen, row = preview(encoder, given)
+    [medium] = seen.media
+    assert (medium.kind, medium.frames, medium.total_frames) == ("video", 3, 5)
+    assert (medium.width, medium.height) == (48, 32)
+    images = images_of(encoder, row)
+    assert [image.size for image in images] == [(medium.resized_width, medium.resized_height)] * 3
+    # The codec is lossy; of five frames `frame_indices` takes the 2nd, 3rd and 5th.
+    assert [np.asarray(image).mean() for image in images] == pytest.approx([60, 120, 240], abs=5)
+
+
 def test_images_are_the_pixels_that_the_model_sees(make_encoder):
     encoder = make_encoder()
     seen, row = preview(encoder, TWO_SEEN)

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlmtune.core.errors import ConfigError, DataError
-from vlmtune.data import inspection, validation
+from vlmtune.data import record_inspection, validation_run
 from vlmtune.data.conversation import Conversation
 from vlmtune.data.findings import CODES
 from vlmtune.data.sources import Source
 from vlmtune.data.tables import open_table
 from vlmtune.data.validate import main, text_of
-from vlmtune.data.validation import Summary, validate
+from vlmtune.data.validation_run import Summary, validate
 
 COMMAND = [sys.executable, "-m", "vlmtune.data.validate"]
 
@@ -99,8 +99,8 @@ def test_report_has_every_finding_with_its_place_and_the_sums(write):
 
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_any_number_of_processes_finds_and_writes_the_same(write, monkeypatch, jobs):
-    monkeypatch.setattr(validation, "ALONE", 0)
-    monkeypatch.setattr(validation, "CHUNK", 8)
+    monkeypatch.setattr(validation_run, "ALONE", 0)
+    monkeypatch.setattr(validation_run, "CHUNK", 8)
     records = [record(str(i), answer="" if i % 70 == 5 else f"Yes {i}.") for i in range(500)]
     records[300]["conversations"][0]["from"] = "Human"
     records[450] = record("449", answer="Yes 449.")
@@ -353,7 +353,7 @@ def test_text_that_would_steer_a_terminal_is_shown_as_escapes(write, capsys):
 
 
 def test_nesting_too_deep_for_python_is_a_finding(write, monkeypatch):
-    monkeypatch.setattr(validation, "ALONE", 0)
+    monkeypatch.setattr(validation_run, "ALONE", 0)
     deep = '{"id": "a", "conversations": ' + "[" * 900 + "]" * 900 + "}"
     source = write("1.jsonl", "\n".join([deep, json.dumps(record("b"))]))
     for jobs in (1, 2):
@@ -366,7 +366,7 @@ def test_recursion_in_a_check_is_a_finding_and_the_record_is_in_no_copy(write, m
     def endless(*_: Any) -> Any:
         return endless()
 
-    monkeypatch.setattr(inspection, "check_text", endless)
+    monkeypatch.setattr(record_inspection, "check_text", endless)
     source = write("1.json", [record("a")])
     summary = validate([source], fix=Path("f.json"))
     assert summary.counts == {"json-value": 1}
@@ -379,7 +379,7 @@ def test_full_disk_is_told_and_leaves_nothing(write, monkeypatch):
     def full(self: Any, text: str) -> None:
         raise self._unwritable(OSError(28, "No space left on device"))
 
-    monkeypatch.setattr("vlmtune.data.outputs.Output.write", full)
+    monkeypatch.setattr("vlmtune.data.validation_files.Output.write", full)
     for flags in ({"fix": Path("f.json")}, {"report": Path("r.json")}):
         with pytest.raises(DataError, match="cannot be written: No space left on device"):
             validate([source], **flags)
@@ -387,7 +387,7 @@ def test_full_disk_is_told_and_leaves_nothing(write, monkeypatch):
 
 
 def test_killed_process_is_told_and_leaves_nothing(write, monkeypatch):
-    monkeypatch.setattr(validation, "ALONE", 0)
+    monkeypatch.setattr(validation_run, "ALONE", 0)
     ours = os.getpid()
 
     def kill(*_: Any) -> Any:
@@ -395,7 +395,7 @@ def test_killed_process_is_told_and_leaves_nothing(write, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return []
 
-    monkeypatch.setattr(inspection, "check_text", kill)
+    monkeypatch.setattr(record_inspection, "check_text", kill)
     source = write("1.json", [record("a")])
     with pytest.raises(DataError, match="a process that checked the data was killed"):
         validate([source], jobs=2, fix=Path("f.json"))

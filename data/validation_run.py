@@ -15,12 +15,12 @@ from typing import Any
 from ..core.errors import DataError
 from .duplicates import Seen, remembering
 from .findings import CODES, Finding
-from .inspection import CheckSample, Chunk, Inspection, Looked
-from .outputs import Copies, Report, check_targets
 from .pool import ALONE, shared
+from .record_inspection import CheckSample, Chunk, Inspection, Looked
 from .records import open_text
 from .sources import Source
 from .tables import open_table
+from .validation_files import Copies, Report, check_targets
 
 CHUNK = 64
 """Records that a process takes at a time. Of a source's first ones fewer: images may be slow."""
