@@ -20,10 +20,10 @@ quickstart: $(READY)
 	$(RUN) python scripts/score_quickstart.py --model outputs/quickstart/model
 
 test: $(READY)
-	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -m "not long"
+	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-all: $(READY)
-	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest
+	$(RUN) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(RUN) ruff check .
@@ -40,5 +40,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv || { \
 	  echo "Fix: install the venv module of $(PYTHON), on Debian python3-venv."; exit 1; }
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
-	.venv/bin/pip install --quiet --constraint constraints.txt -e ".[dev,tensorboard,video]"
+	.venv/bin/pip install --quiet --constraint constraints.txt -e ".[dev,tensorboard,ui,video]"
 	@touch $@

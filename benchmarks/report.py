@@ -291,6 +291,15 @@ def also(results: Mapping[str, Result]) -> str:
             f"- A process that reads {r['records']:,} text records in random order takes "
             f"{r['read']['above_mb']} MB more than its libraries (`data_memory`)."
         )
+    if r := results.get("thinking_budget"):
+        times = ", ".join(
+            f"{i['closing_ratio']:g}x less time with {size} pixels ({i['ratio']:g}x of the reply)"
+            for size, i in r["images"].items()
+        )
+        found.append(
+            "- Ending a thought at its budget on the cache that is there, against encoding image "
+            f"and prompt again as the reference does, equal tokens: {times} (`thinking_budget`)."
+        )
     if "zero_memory" in results:
         found.append("- Memory per GPU under each file of `configs/zero`: [zero.md](zero.md).")
     return "\n".join(found)

@@ -24,6 +24,10 @@ usage: vlmtune train [CONFIG] [--key value ...] [--debug]
        vlmtune plan CONFIG [--key value ...] [--gpus N] [--gpu_memory 80]
        vlmtune config --schema | --explain KEY
        vlmtune env
+       vlmtune infer --model MODEL [--adapter ADAPTER] --image FILE --prompt TEXT
+       vlmtune infer --model MODEL --data FILE --output OUT.jsonl
+       vlmtune chat --model MODEL      and in a browser: vlmtune serve-ui --model MODEL
+       vlmtune evaluate --model MODEL --data FILE --metrics all
        vlmtune merge --adapter ADAPTER[:WEIGHT] --output FOLDER [--base MODEL] [--verify]
        vlmtune verify --base MODEL --adapter ADAPTER --merged FOLDER [--data FILE]
        vlmtune models build-ovis2_5 --llm MODEL --vit MODEL --output FOLDER
@@ -43,8 +47,8 @@ A run needs at least model_path, data_path and output_dir:
 
 On several GPUs: scripts/train_launch.sh CONFIG N trl, scripts/stage_configs.sh RECIPE all N
 Exit code: 0; 1 after an error; 75 when a signal stopped the run and it can be resumed
-Before a run: docs/check.md, all keys: docs/config.md, LoRA: docs/lora.md,
-stages: docs/stages.md, SLURM: docs/slurm.md
+Before a run: docs/check.md, after it: docs/inference.md, docs/evaluation.md,
+all keys: docs/config.md, LoRA: docs/lora.md, stages: docs/stages.md, SLURM: docs/slurm.md
 """
 
 # Command -> the module here whose main takes what follows it, and how many words it has.
@@ -54,6 +58,10 @@ COMMANDS = {
     "plan": ("plan", 1),
     "config": ("config", 1),
     "env": ("env", 1),
+    "infer": ("infer", 1),
+    "chat": ("chat", 1),
+    "serve-ui": ("serve_ui", 1),
+    "evaluate": ("evaluate", 1),
     "merge": ("merge", 1),
     "verify": ("verify", 1),
     "models build-ovis2_5": ("build", 2),

@@ -77,6 +77,7 @@ def render_prompt(
     processor: Ovis2_5Processor,
     thinking: Thinking = "every_turn",
     enable_thinking: bool = False,
+    begun: str = "",
 ) -> list[Segment]:
     """Segments of the prompt for the next answer: the training prefix of that answer.
 
@@ -84,15 +85,18 @@ def render_prompt(
         history: All turns before the answer, its own question last.
         thinking: As the model was trained.
         enable_thinking: Whether the model is to write a think block itself.
+        begun: What is there of the answer already. Where it ends in a tool's response, the prompt
+            is the training sample up to there.
     """
     if thinking == "last_turn":
         history = [_as_history(turn) for turn in history]
     if history and history[-1].role == PLAIN:
-        return list(_turns(history, processor, thinking))
+        return [*_turns(history, processor, thinking), *_body(Turn(PLAIN, begun, True))]
     return [
         *_turns(history, processor, thinking),
         *_header("assistant", processor),
         *([Segment(processor.empty_think)] if not enable_thinking and thinking != "as_is" else []),
+        *_body(Turn("assistant", begun, True)),
     ]
 
 

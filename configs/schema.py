@@ -15,6 +15,17 @@ from .train_modules import parse_train_modules
 
 _PIXELS_448 = 448 * 448
 
+ANSWER_METRICS = (
+    "exact_match",
+    "vqa_accuracy",
+    "anls",
+    "relaxed_accuracy",
+    "bleu",
+    "cider",
+    "rouge_l",
+)
+"""What generated answers are scored with (`evaluation.scores`)."""
+
 
 @dataclass
 class ModelConfig:
@@ -114,6 +125,25 @@ class LoopConfig:
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "By how much an evaluation must be better to count."}
     )
+    eval_metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "At each evaluation also answer questions of eval_data_path, greedily, and "
+            "score the answers: exact_match, vqa_accuracy, anls, relaxed_accuracy, bleu, cider "
+            "or rouge_l, one or several."
+        },
+    )
+    eval_generate_samples: int = field(
+        default=64,
+        metadata={
+            "help": "With eval_metrics: how many samples of each evaluation set are answered, "
+            "always the same, spread evenly over it."
+        },
+    )
+    eval_max_new_tokens: int = field(
+        default=512,
+        metadata={"help": "With eval_metrics: tokens of an answer at most, its thought included."},
+    )
     recompute: str | None = field(
         default=None,
         metadata={
@@ -144,13 +174,26 @@ class LoopConfig:
             raise ConfigError(
                 "base_learning_rate", f"{self.base_learning_rate} is not above 0", "give 1e-5"
             )
+        for name in self.eval_metrics:
+            if name not in ANSWER_METRICS:
+                raise ConfigError(
+                    "eval_metrics",
+                    f'"{name}" is not a metric of answers',
+                    f"give {' or '.join(ANSWER_METRICS)}, or several of them",
+                )
         if self.early_stopping_threshold < 0:
             raise ConfigError(
                 "early_stopping_threshold",
                 f"{self.early_stopping_threshold} is below 0",
                 "give 0 or more",
             )
-        for key in ("base_batch_size", "early_stopping_patience", "max_empty_batches"):
+        for key in (
+            "base_batch_size",
+            "early_stopping_patience",
+            "eval_generate_samples",
+            "eval_max_new_tokens",
+            "max_empty_batches",
+        ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(key, f"{value} is below 1", "give 1 or more")

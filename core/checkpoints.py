@@ -1,7 +1,9 @@
 """Checkpoints of a run on disk, found without the host libraries."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from .errors import ModelError
 
@@ -12,7 +14,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 MERGE_FILE = "vlmtune_merge.json"
-"""What a merged model was made of."""
+"""What a merged model was made of, with the config of the run that trained its first adapter."""
 
 STATE_FILE = "trainer_state.json"
 """What is written last into a checkpoint."""
@@ -30,6 +32,28 @@ def require_model(path: str) -> None:
     if not folder.exists() and (names_a_folder or folder.parent.is_dir()):
         what = "there is no such folder"
         raise ModelError(f"model_path {folder.resolve()}", what, MODEL_FORM)
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """Config of the run that trained a model, an adapter, or the first adapter of a merged model;
+    empty where no file says it.
+
+    Raises:
+        ModelError: the file is broken.
+    """
+    for name, key in ((RUN_FILE, "config"), (MERGE_FILE, "run")):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text("utf-8")).get(key, {})
+        except (ValueError, AttributeError):
+            found = None
+        if not isinstance(found, dict):
+            fix = "copy it again from the run, or delete it"
+            raise ModelError(str(file), "is no file of a run", fix)
+        return found
+    return {}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 from .distributed import rank
 
@@ -18,5 +19,7 @@ def note(line: str) -> None:
 
 
 def quiet_hosts() -> None:
-    """Silence host libraries' start-up lines about parts that are not used."""
+    """Silence host libraries' start-up lines about unused parts, and about each other."""
+    # PEFT 0.21 asks transformers 5.23 by an old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

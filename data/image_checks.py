@@ -72,7 +72,7 @@ def inspect_video(
     """Frames, height and width of a video file; without PyAV only whether the file is there."""
     fault = partial(DataError, where)
     if not os.path.exists(path):
-        fix = "check image_folder and the path."
+        fix = "check the path, and image_folder where it is relative."
         return None, [fault(f"{path} does not exist.", fix, "video-missing")]
     if not os.path.isfile(path) or not os.path.getsize(path):
         fix = "replace or remove it."

@@ -74,7 +74,11 @@ def open_image(path: str, where: str) -> Image.Image:
     except LookupError:
         what, fix, code = "is not in the table any more", "start the run again", "image-missing"
     except FileNotFoundError:
-        what, fix, code = "does not exist", "check image_folder and the path", "image-missing"
+        what, fix, code = (
+            "does not exist",
+            "check the path, and image_folder where it is relative",
+            "image-missing",
+        )
     except Image.DecompressionBombError:
         what, fix = "has too many pixels to be an honest image", "scale it down"
         code = "image-huge"

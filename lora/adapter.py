@@ -198,7 +198,7 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> dict[str, Change]:
     """
     where = f"adapter {adapter.source}"
     named = "" if adapter.base is None else f", as its config says {adapter.base}"
-    other_base = f"give the model it was trained on, as --base or model_path{named}"
+    other_base = f"give the model it was trained on{named}"
     fitted = {}
     # PEFT finds no tied head where only the model inside has one, as in Ovis2.5.
     tying = adapter.config.ensure_weight_tying and _get_module_names_tied_with_embedding(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..core.checkpoints import run_config
 from ..core.errors import ModelError
 from .adapter import Adapter, Change, check_fits
 from .checkpoint import Checkpoint, fingerprint
@@ -131,6 +132,7 @@ def merge(
             "adapters": [{"source": source, "weight": weight} for source, weight in adapters],
             "dtype": dtype,
             "onto": onto,
+            "run": run_config(opened[0].folder),
             "versions": libraries(),
         }
         write_origin(partial, origin)

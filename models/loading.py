@@ -23,7 +23,11 @@ def load_processor(path: str) -> Ovis2_5Processor:
     try:
         config = AutoConfig.from_pretrained(path)
         if isinstance(config, Ovis2_5Config):
-            return AutoProcessor.from_pretrained(path)
+            processor = AutoProcessor.from_pretrained(path)
+            # Without tokenizer.json transformers (5.23) makes one of the few tokens in other files.
+            if not processor.tokenizer.encode("text", add_special_tokens=False):
+                raise ValueError("its tokenizer has no vocabulary")
+            return processor
     except ModelError:
         raise
     except (OSError, ValueError) as error:

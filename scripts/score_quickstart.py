@@ -10,32 +10,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import vlmtune.models  # noqa: F401, registers Ovis2.5 with the Auto classes
-from vlmtune.collators.rendering import encode, render_prompt
-from vlmtune.data.conversation import Conversation, parse_conversation
-from vlmtune.data.records import read_records
+from vlmtune import inference
+from vlmtune.core.logging import quiet_hosts
+from vlmtune.data.sources import Source
+from vlmtune.evaluation.answer_metrics import exact_match
 
 TARGET = 0.90
 CHANCE = 0.10
-
-
-@torch.no_grad()
-def answer(model, processor, conversation: Conversation, pixels: int) -> str:
-    """The model's greedy answer to the last question of a conversation."""
-    images = [Image.open(path) for path in conversation.images]
-    pieces = [processor.image_processor.patches([image], pixels, pixels) for image in images]
-    counts = [processor.image_processor.visual_tokens(grid) for _, grid in pieces]
-    prompt = encode(render_prompt(conversation.turns[:-1], processor), processor, counts)
-    media = {
-        "pixel_values": torch.cat([torch.from_numpy(patches) for patches, _ in pieces]),
-        "grid_thws": torch.tensor([grid for _, grid in pieces]),
-    }
-    ids = model.generate(torch.tensor([prompt.ids]), max_new_tokens=16, **media)
-    return processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
 
 
 def main() -> int:
@@ -43,23 +24,20 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=Path("outputs/quickstart/model"))
     parser.add_argument("--data", type=Path, default=Path("sample_data/eval.json"))
     parser.add_argument("--image_folder", default="sample_data/images")
-    parser.add_argument("--pixels", type=int, default=64 * 64)
     arguments = parser.parse_args()
 
-    # A folder with an adapter loads as its base with the adapter on it.
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    source = Source("eval", str(arguments.data), arguments.image_folder)
+    records = (source.parse(i, record) for i, record in source.records())
+    asked = [record for record in records if record.id.startswith("eval-digit")]
+    questions = [{"image": r.images[0], "prompt": r.turns[0].text} for r in asked]
+    quiet_hosts()
+    model = inference.VLMInference(str(arguments.model))
+    replies = model.batch_inference(questions, max_new_tokens=16)
     rows = []
-    for index, record in read_records(arguments.data):
-        conversation = parse_conversation(
-            record, str(arguments.data), index, arguments.image_folder
-        )
-        if not conversation.id.startswith("eval-digit"):
-            continue
-        said = answer(model, processor, conversation, arguments.pixels)
-        expected = conversation.turns[-1].text
-        row = {"image": conversation.images[0], "expected": expected, "said": said}
-        rows.append({**row, "correct": said == expected})
+    for record, reply in zip(asked, replies, strict=True):
+        expected = record.turns[-1].text
+        row = {"image": record.images[0], "expected": expected, "said": reply.answer}
+        rows.append({**row, "correct": exact_match(reply.answer, [expected]) == 1})
 
     correct = sum(row["correct"] for row in rows)
     score = {"exact_match": correct / len(rows), "questions": len(rows), "chance": CHANCE}

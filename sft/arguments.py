@@ -99,6 +99,7 @@ def host_settings(config: RunConfig, cpu: bool) -> dict[str, Any]:
         )
     if given.get("do_eval") and not config.data.eval_data_path:
         note("do_eval has no effect: there is no eval_data_path")
+    _check_answers(config)
     if config.loop.trainer == "standard" and given.get("label_smoothing_factor"):
         raise ConfigError(
             "label_smoothing_factor",
@@ -212,13 +213,43 @@ def _keep_the_best(config: RunConfig, given: dict[str, Any]) -> None:
             known += [f"eval_{name}_loss" for name in sets]
         elif config.loop.trainer == "trl":
             known += ["eval_mean_token_accuracy", "eval_entropy"]
-        if f"eval_{metric.removeprefix('eval_')}" not in known:
+        answers = answer_keys(config)
+        key = f"eval_{metric.removeprefix('eval_')}"
+        if key not in [*known, *answers]:
             raise ConfigError(
                 "metric_for_best_model",
                 f'"{metric}" is no metric of an evaluation',
-                f"give {' or '.join(known)}",
+                f"give {' or '.join([*known, *answers])}",
             )
-        given.setdefault("greater_is_better", metric.endswith("accuracy"))
+        given.setdefault("greater_is_better", key in answers or metric.endswith("accuracy"))
+
+
+def _check_answers(config: RunConfig) -> None:
+    """Raises ConfigError for `eval_metrics` without anything to answer."""
+    if config.loop.eval_metrics and not config.data.eval_data_path:
+        raise ConfigError(
+            "eval_metrics",
+            "are given, but there is no eval_data_path",
+            "give eval_data_path, or leave eval_metrics out",
+        )
+    for key in ("eval_generate_samples", "eval_max_new_tokens"):
+        if key in config.sources and not config.loop.eval_metrics:
+            note(f"{key} has no effect: there are no eval_metrics")
+
+
+def answer_keys(config: RunConfig) -> list[str]:
+    """What each evaluation logs of `eval_metrics`, by set: eval_cider, eval_charts_bleu_1."""
+    return [
+        f"{answer_prefix(name)}{key}"
+        for name in config.data.eval_sets
+        for metric in config.loop.eval_metrics
+        for key in ([f"bleu_{n}" for n in range(1, 5)] if metric == "bleu" else [metric])
+    ]
+
+
+def answer_prefix(name: str) -> str:
+    """What the metrics of an evaluation set begin with."""
+    return f"eval_{name}_" if name else "eval_"
 
 
 def _check_deepspeed(given: dict[str, Any], quantized: bool) -> None:

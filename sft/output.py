@@ -29,6 +29,9 @@ from .failures import unwritable
 PARTIAL = ".partial-checkpoint"
 """Where a checkpoint is written before it is complete."""
 
+ANSWERS = "eval_samples"
+"""Where the answers of each evaluation are written."""
+
 LAST = ("config.json", ADAPTER_CONFIG)
 """What makes a folder a model or an adapter; moved there last."""
 
@@ -89,10 +92,10 @@ def check_output_dir(folder: Path, overwrite: bool, resume: str | bool | None) -
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Of an earlier run, so that none of them is taken for one of the run that begins."""
+    """Of an earlier run, its answers too, so that none is taken for the run's that begins."""
     (folder / RUN_FILE).unlink(missing_ok=True)  # its model is no longer this run's result
-    for checkpoint in [*folder.glob("checkpoint-*"), folder / PARTIAL]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    for stale in [*folder.glob("checkpoint-*"), folder / PARTIAL, folder / ANSWERS]:
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def check_resumable(checkpoint: Path, config: RunConfig, args: SFTConfig) -> None:
@@ -192,7 +195,7 @@ def save_finished(
                 repo_id=str(trainer.hub_model_id),
                 folder_path=folder,
                 token=trainer.args.hub_token,
-                ignore_patterns=["checkpoint-*", ".partial*", "base/*"],
+                ignore_patterns=["checkpoint-*", ".partial*", "base/*", f"{ANSWERS}/*"],
             )
     trainer.accelerator.wait_for_everyone()
     model.config.use_cache = False  # type: ignore[union-attr] # an evaluation that follows needs none

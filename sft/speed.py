@@ -27,7 +27,8 @@ class Speed:
         """The batches, with the time until each of them counted as waiting."""
         while True:
             started = time.perf_counter()
-            self._started = self._started or started
+            if self._started is None:  # pauses before it are no part of the time
+                self._started, self._pauses = started, 0.0
             try:
                 batch = next(batches)
             except StopIteration:

@@ -14,7 +14,7 @@ from ..configs.recompute import parse_recompute
 from ..configs.schema import RunConfig
 from ..core.checkpoints import RESUMABLE
 from ..core.distributed import main_process_first, of_first_process, rank, world_size
-from ..core.errors import ConfigError, ModelError
+from ..core.errors import ConfigError, ModelError, VLMTuneError
 from ..core.logging import note, say
 from ..lora.checkpoint import Checkpoint
 from ..lora.quantization import keep_unpacked
@@ -23,7 +23,7 @@ from ..models.attention import packing_attention
 from ..models.loading import load_processor
 from ..models.ovis2_5.build import ensure_base
 from .adapters import AdapterPlan, apply_adapters, plan_adapters
-from .arguments import COMPILE_KEYS, host_refusal, training_arguments
+from .arguments import COMPILE_KEYS, answer_keys, host_refusal, training_arguments
 from .batches import train_batches
 from .callbacks import FreshAdam, JsonLinesLog, StopOnSignal
 from .data import RunData, load_data
@@ -91,6 +91,8 @@ def run(config: RunConfig) -> None:
                 compile_layers(model, backend or "inductor", mode)
             callbacks = [JsonLinesLog(), FreshAdam(), stop]
             trainer = make_trainer(config, model, args, data, batches, modules, callbacks, facts)
+        except VLMTuneError:
+            raise
         except (ValueError, ImportError, RuntimeError) as error:
             raise host_refusal(error) from error
         say(banner(config, args, model, modules, data, batches))
@@ -113,8 +115,8 @@ def run(config: RunConfig) -> None:
             save_finished(trainer, model, config, facts)
             say(f"Saved the {'adapter' if plan else 'model'} to {folder.resolve()}")
         if data.evaluation and config.training.get("do_eval", True):
-            for name, loss in final_losses(trainer).items():
-                say(f"Evaluation: {name} {loss:.4f}")
+            for name, value in final_metrics(config, trainer).items():
+                say(f"Evaluation: {name} {value:.4f}")
         # Not after an error: ending the group could wait for processes that never come.
         _leave_the_group()
     finally:
@@ -128,8 +130,9 @@ def _leave_the_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def final_losses(trainer: Trainer) -> dict[str, float]:
-    """Evaluation losses of the model as saved, computed unless they are in the log."""
+def final_metrics(config: RunConfig, trainer: Trainer) -> dict[str, float]:
+    """Evaluation losses of the model as saved, and what its answers were worth: computed unless
+    they are in the log."""
     state = trainer.state
     step = state.global_step
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -138,9 +141,11 @@ def final_losses(trainer: Trainer) -> dict[str, float]:
     for entry in state.log_history:
         if entry["step"] == step:
             found.update(entry)
-    if "eval_loss" not in found:
+    answers = answer_keys(config)
+    if not {"eval_loss", *answers} <= found.keys():
         found = trainer.evaluate()
-    return {k: v for k, v in found.items() if k.startswith("eval_") and k.endswith("loss")}
+    losses = [key for key in found if key.startswith("eval_") and key.endswith("loss")]
+    return {key: found[key] for key in (*losses, *answers)}
 
 
 def base_model(config: RunConfig, folder: Path) -> str:

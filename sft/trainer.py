@@ -24,6 +24,7 @@ from ..collators.rendering import IGNORE_INDEX
 from ..configs.schema import RunConfig
 from ..core.distributed import rank, world_size
 from ..core.errors import ConfigError, DataError, VLMTuneError
+from .answers import AnswerEvaluation
 from .batches import EpochBatches, EpochLoader, Rows, evaluation_batches, outlive_the_step
 from .callbacks import GradientReport, IsolationProbe
 from .data import RunData, seed_of
@@ -59,6 +60,7 @@ class VLMTrainerMixin(Trainer):
         self._empty_batches = 0
         self._checkpoint_root: Path | None = None
         self._evaluated = torch.zeros(2, dtype=torch.float64)
+        self.answers = AnswerEvaluation(config, data) if config.loop.eval_metrics else None
         super().__init__(**kwargs)
         use_supervised_head(kwargs["model"])
         self.add_callback(self.gradients)
@@ -243,7 +245,8 @@ class VLMTrainerMixin(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of every set; of several sets also `eval_loss`, over the tokens of all."""
+        """Metrics of every set, those of `eval_metrics` too; of several sets also `eval_loss`, over
+        the tokens of all."""
         with self.speed.paused():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if metric_key_prefix != "eval":
@@ -253,6 +256,12 @@ class VLMTrainerMixin(Trainer):
             total = sum(metrics[f"eval_{name}_loss"] * count for name, count in tokens.items())
             metrics["eval_loss"] = total / max(sum(tokens.values()), 1)
             self.log({"eval_loss": metrics["eval_loss"]})
+        if self.answers:
+            step, autocast = self.state.global_step, self.accelerator.autocast()
+            with self.speed.paused():
+                scores = self.answers.evaluate(self.model, self.args, step, autocast)
+            metrics |= scores
+            self.log(scores)
         if self.is_in_train and self._stopped_early():
             self.control.should_training_stop = True
         return metrics

@@ -73,6 +73,133 @@ def tiny_ovis(tmp_path_factory) -> Path:
     return folder
 
 
+FLUENT = [
+    {
+        "id": "digit",
+        "image": "digit_0675.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhich digit is this?"},
+            {"from": "gpt", "value": "It is a four."},
+        ],
+    },
+    {
+        "id": "larger",
+        "image": ["digit_0605.png", "digit_0654.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\n<image>\nWhich image shows the larger digit?"},
+            {"from": "gpt", "value": "The first image."},
+        ],
+    },
+    {
+        "id": "larger-thinking",
+        "image": ["digit_0605.png", "digit_0654.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\n<image>\nWhich image shows the larger digit?"},
+            {
+                "from": "gpt",
+                "value": "<think>\nThe first shows 6, the second shows 5.\n</think>\n\n"
+                "The first, since 6 is larger than 5.",
+            },
+        ],
+    },
+    {
+        "id": "box",
+        "image": "digit_0675.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhere is the digit?"},
+            {"from": "gpt", "value": "At <box>(250,125),(750,875)</box>."},
+        ],
+    },
+    {
+        "id": "crop",
+        "image": ["digit_0675.png", "crop.png"],
+        "conversations": [
+            {"from": "human", "value": "<image>\nLook closely. Which digit is this?"},
+            {
+                "from": "gpt",
+                "value": "I look.\n<tool_call>Crop [250, 125, 750, 875]</tool_call>"
+                "<tool_response><image></tool_response>\nSeen closely, it is a four.",
+            },
+        ],
+    },
+    {
+        "id": "colours",
+        "conversations": [
+            {"from": "human", "value": "Name a colour."},
+            {"from": "gpt", "value": "Blue."},
+            {"from": "human", "value": "And another one?"},
+            {"from": "gpt", "value": "<think>\nNot blue.\n</think>\n\nGreen."},
+            {"from": "human", "value": "Which was the first?"},
+            {"from": "gpt", "value": "Blue was the first."},
+        ],
+    },
+    {
+        "id": "greeting",
+        "conversations": [
+            {"from": "system", "value": "Be kind."},
+            {"from": "human", "value": "Say hello."},
+            {"from": "gpt", "value": "Grüße, 你好 👋!"},
+        ],
+    },
+]
+"""What `fluent_ovis` answers, word by word; each record is one question or dialogue it knows."""
+
+
+@pytest.fixture(scope="session")
+def fluent_ovis(tiny_ovis, tmp_path_factory) -> Path:
+    """A tiny Ovis2.5 that was trained on `FLUENT` until it says it, greedily, with the run file of
+    a training run. `records.json` beside its weights are these records, `images` their images;
+    `crop.png` is what the tool call cuts from `digit_0675.png`, 32 x 48 pixels."""
+    import torch
+    from PIL import Image
+
+    from vlmtune.collators.padded import PaddedCollator
+    from vlmtune.collators.sample import SampleEncoder
+    from vlmtune.data.conversation import parse_conversation
+    from vlmtune.data.images import PixelLimits
+    from vlmtune.models import Ovis2_5, Ovis2_5Processor
+
+    folder = tmp_path_factory.mktemp("fluent") / "ovis2_5"
+    shutil.copytree(tiny_ovis, folder)
+    (folder / "images").mkdir()
+    for name in ("digit_0675.png", "digit_0605.png", "digit_0654.png"):
+        shutil.copy(ROOT / "sample_data/images" / name, folder / "images")
+    with Image.open(folder / "images/digit_0675.png") as image:
+        image.crop((16, 8, 48, 56)).save(folder / "images/crop.png")
+    (folder / "records.json").write_text(json.dumps(FLUENT), "utf-8")
+    preset = json.loads((ROOT / "configs/presets/quickstart.json").read_text("utf-8"))
+    limits = {key: preset.get(key, 64 * 64) for key in PixelLimits.__annotations__}
+    limits |= {"min_frames": 2, "max_frames": 2}
+    settings = {**limits, "thinking": "every_turn", "image_folder": str(folder / "images")}
+    (folder / "vlmtune_run.json").write_text(json.dumps({"config": settings}), "utf-8")
+
+    torch.manual_seed(0)
+    model = Ovis2_5.from_pretrained(folder).train()
+    processor = Ovis2_5Processor.from_pretrained(folder)
+    encoder = SampleEncoder(processor, PixelLimits(**limits), 4096, 4096)
+    rows = [
+        encoder.row(parse_conversation(record, "records.json", i, str(folder / "images")))
+        for i, record in enumerate(FLUENT, 1)
+    ]
+    batch = PaddedCollator(encoder)(rows)
+    batch["pixel_values"] = processor.image_processor.normalise(batch["pixel_values"])
+    del batch["sample_ids"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 5e-3, weight_decay=0.0)
+    for _ in range(300):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.003:
+            break
+    else:
+        pytest.fail(f"fluent_ovis has not learned its answers: loss {loss.item():.3f}")
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """A real browser that keeps a log of its console and of what pages ask for."""

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["core", "configs", "data", "models", "collators", "lora", "sft", "cli"]
+ORDER = [
+    "core",
+    "configs",
+    "data",
+    "models",
+    "collators",
+    "lora",
+    "inference",
+    "evaluation",
+    "sft",
+    "cli",
+]
 FILES = [f for room in ORDER for f in sorted((ROOT / room).rglob("*.py"))]
 
 

@@ -7,7 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -293,6 +299,12 @@ class Ovis2_5(PreTrainedModel, GenerationMixin):
                 attention_mask = torch.ones_like(input_ids)
         settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
         unused = settings.update(**kwargs)
+        penalty, settings.repetition_penalty = settings.repetition_penalty or 1.0, 1.0
+        if penalty != 1.0:
+            # transformers (5.23) would spare as many new tokens as the row has padding.
+            given = unused.get("logits_processor") or ()
+            penalties = [RepetitionPenaltyLogitsProcessor(penalty), *given]
+            unused["logits_processor"] = LogitsProcessorList(penalties)
         return self.llm.generate(
             attention_mask=attention_mask, generation_config=settings, **unused
         )

@@ -1,5 +1,6 @@
 """Processor of Ovis2.5: how its conversations are written and its images become tokens."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -82,6 +83,7 @@ class Ovis2_5Processor(ProcessorMixin):
         template, self.tokenizer.chat_template = self.tokenizer.chat_template, self.chat_template
         files = self.tokenizer.save_pretrained(save_directory)
         self.tokenizer.chat_template = template
+        _name_tokens_as_published(folder / "tokenizer_config.json")
         return [*files, str(folder / PREPROCESSOR_FILE)]
 
     def control_id(self, token: str) -> int:
@@ -212,6 +214,14 @@ class Ovis2_5Processor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "grid_thws"]
+
+
+def _name_tokens_as_published(file: Path) -> None:
+    """Under the key of transformers 4, which serving engines may run; 5 reads it as well."""
+    settings = json.loads(file.read_text("utf-8"))
+    if tokens := settings.pop("extra_special_tokens", None):
+        settings["additional_special_tokens"] = tokens
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _flat(images: Any) -> Iterator[Image.Image]:

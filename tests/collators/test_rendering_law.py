@@ -1,5 +1,6 @@
-"""For any conversation: the untrained prefix of an answer is its prompt, the answer is trained
-whole, nothing else is, and no text is lost or read as a control token."""
+"""For any conversation: the untrained prefix of an answer is its prompt, up to each response of a
+tool too, the answer is trained whole, nothing else is, and no text is lost or read as a control
+token."""
 
 import json
 import re
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtune.collators.rendering import Encoded, Segment, Thinking, encode, render, render_prompt
-from vlmtune.data.conversation import Turn
+from vlmtune.data.conversation import TOOL_RESPONSE, Turn
 from vlmtune.models import Ovis2_5Processor
 
 TOKENIZER = Path(__file__).parents[1] / "goldens" / "ovis2_5" / "tokenizer" / "tokenizer.json"
@@ -53,6 +54,21 @@ TURN = st.one_of(
     st.builds(Turn, st.just("system"), TEXT),
 )
 CONVERSATION = st.lists(TURN, min_size=1, max_size=6).filter(lambda ts: any(t.trained for t in ts))
+
+
+@st.composite
+def answer_with_tools(draw) -> str:
+    """Text, a call and its response by turns; a thought, if any, ends before or behind one."""
+    response = st.lists(st.one_of(TEXT, st.just("<image>")), max_size=3).map("".join)
+    rounds = draw(st.lists(st.tuples(TEXT, response), min_size=1, max_size=3))
+    pieces = [f"{own}<tool_response>{given}</tool_response>" for own, given in rounds]
+    pieces.append(draw(TEXT))
+    if draw(st.booleans()):
+        place = draw(st.integers(0, len(pieces) - 1))
+        pieces = ["<think>", *pieces[:place], f"{draw(TEXT)}</think>", *pieces[place:]]
+    return "".join(pieces)
+
+
 searching = settings(max_examples=100, deadline=None, derandomize=True)
 
 
@@ -116,6 +132,26 @@ def test_what_precedes_the_last_answer_is_its_prompt_if_it_alone_is_trained(any_
     prompt = render_prompt(turns[:last], any_processor, "last_turn", has_thoughts(turns[last]))
     assert encoded(prompt, any_processor).ids == sample.ids[:start]
     assert text_of(sample.ids[start:stop], any_processor) == normal(f"{turns[last].text}<|im_end|>")
+
+
+@searching
+@given(
+    history=st.lists(TURN, max_size=3),
+    answer=answer_with_tools(),
+    thinking=st.sampled_from(["every_turn", "last_turn", "as_is"]),
+)
+def test_what_precedes_the_end_of_each_tool_response_is_the_prompt_of_the_answer_begun(
+    any_processor, history: list[Turn], answer: str, thinking: Thinking
+):
+    turns = [*history, Turn("assistant", answer, True)]
+    sample = encoded(render(turns, any_processor, thinking), any_processor)
+    thinks = has_thoughts(turns[-1])
+    for response in TOOL_RESPONSE.finditer(answer):
+        begun = answer[: response.end()]
+        segments = render_prompt(history, any_processor, thinking, thinks, begun)
+        prompt = encoded(segments, any_processor)
+        assert prompt.ids == sample.ids[: len(prompt.ids)]
+        assert text_of(prompt.ids, any_processor).endswith(normal(MARKS.sub("", begun)))
 
 
 @searching
@@ -201,3 +237,9 @@ def test_answer_that_starts_with_a_newline_is_not_fused_with_the_prompt_unlike_i
     assert sample.labels[:-6] == [IGN] * (len(sample.ids) - 6)
     prompt = encode(render_prompt(turns[:1], fusing_processor), fusing_processor)
     assert prompt.ids == sample.ids[:-6]
+
+
+def test_begun_caption_stands_behind_its_template_without_an_end(processor):
+    template, caption = Turn("plain", "See <image>: "), Turn("plain", "A cat", True)
+    sample = render([template, caption], processor)
+    assert render_prompt([template], processor, begun="A cat") == sample[:-1]

@@ -54,6 +54,9 @@ def test_defaults_are_those_of_the_reference():
         "base_batch_size": None,
         "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
+        "eval_metrics": [],
+        "eval_generate_samples": 64,
+        "eval_max_new_tokens": 512,
         "recompute": None,
         "max_empty_batches": 10,
         "probe": False,
@@ -99,6 +102,8 @@ def test_a_value_outside_the_choices_lists_them(config, key, value, fix):
         (DataConfig, "packing_max_patches"),
         (LoopConfig, "early_stopping_patience"),
         (LoopConfig, "max_empty_batches"),
+        (LoopConfig, "eval_generate_samples"),
+        (LoopConfig, "eval_max_new_tokens"),
     ],
 )
 def test_lengths_and_counts_start_at_one(config, key):
@@ -177,6 +182,20 @@ def test_loop_keys_that_cannot_work_are_errors(keys, where, what):
     assert (caught.value.where, caught.value.what) == (where, what)
 
 
+def test_answers_are_scored_with_known_metrics():
+    assert LoopConfig(eval_metrics=["cider", "bleu"]).eval_metrics == ["cider", "bleu"]
+    with pytest.raises(ConfigError) as caught:
+        LoopConfig(eval_metrics=["cider", "bleu_4"])
+    assert (caught.value.where, caught.value.what) == (
+        "eval_metrics",
+        '"bleu_4" is not a metric of answers',
+    )
+    assert caught.value.fix == (
+        "give exact_match or vqa_accuracy or anls or relaxed_accuracy or bleu or cider or rouge_l, "
+        "or several of them"
+    )
+
+
 def test_named_evaluation_sets_become_lists_of_files(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     data = DataConfig(["a"], eval_data_path={"easy-1": "a.json | ~/b.json", "x.y_Z": ["c|d.json"]})
@@ -227,4 +246,4 @@ def test_to_dict_is_flat_with_own_defaults_and_the_given_training_keys():
     assert flat["model_path"] == "m"
     assert flat["text_max_length"] == 4096
     assert (flat["trainer"], flat["output_dir"], flat["seed"]) == ("trl", "o", 7)
-    assert len(flat) == 9 + 23 + 9 + 21 + 2
+    assert len(flat) == 9 + 23 + 12 + 21 + 2

@@ -1,6 +1,11 @@
-"""Which checkpoint of a folder a run goes on from."""
+"""Which checkpoint of a folder a run goes on from, and what a folder says of its run."""
 
-from vlmtune.core.checkpoints import latest_checkpoint
+import json
+
+import pytest
+
+from vlmtune.core.checkpoints import latest_checkpoint, run_config
+from vlmtune.core.errors import ModelError
 
 
 def checkpoint(folder, name, complete=True):
@@ -27,3 +32,25 @@ def test_other_names_are_no_checkpoints(tmp_path):
         checkpoint(tmp_path, name)
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, {}),
+        ({"vlmtune_run.json": {"config": {"thinking": "as_is"}, "step": 3}}, {"thinking": "as_is"}),
+        ({"vlmtune_merge.json": {"run": {"thinking": "as_is"}}}, {"thinking": "as_is"}),
+        ({"vlmtune_merge.json": {"onto": "original"}}, {}),
+    ],
+)
+def test_a_run_is_read_from_its_file_or_from_that_of_the_merge(files, expected, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), "utf-8")
+    assert run_config(tmp_path) == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": []}'])
+def test_a_broken_run_file_is_named(content, tmp_path):
+    (tmp_path / "vlmtune_run.json").write_text(content, "utf-8")
+    with pytest.raises(ModelError, match=r"vlmtune_run\.json:\n  is no file of a run"):
+        run_config(tmp_path)

@@ -178,7 +178,7 @@ def test_missing_image_is_refused(tmp_path):
     path = str(tmp_path / "a.png")
     error = error_of(path)
     assert error.what == f"{path} does not exist."
-    assert error.fix == "check image_folder and the path."
+    assert error.fix == "check the path, and image_folder where it is relative."
 
 
 @pytest.mark.parametrize(

@@ -495,6 +495,7 @@ def test_every_other_file_of_the_base_is_kept_but_not_what_tells_of_its_making(
         "adapters": [{"source": str(trained), "weight": 1.0}],
         "dtype": None,
         "onto": "original",
+        "run": {},
     }
 
 

@@ -105,7 +105,7 @@ def test_an_adapter_of_a_base_with_other_modules(model, trained, refused):
     told = refused()
     assert "  changes visual_tokenizer.vit.vision_model.encoder.layers.1." in told
     assert f", which {model} does not have." in told
-    fix = "give the model it was trained on, as --base or model_path, as its config says "
+    fix = "give the model it was trained on, as its config says "
     assert f"  Fix: {fix}" in told
 
 

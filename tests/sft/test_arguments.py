@@ -105,6 +105,15 @@ def test_eval_steps_alone_evaluate_every_so_many_steps(arguments):
             {"eval_data_path": {"a": "a.json", "b": "b.json"}},
             "eval_loss or eval_a_loss or eval_b_loss",
         ),
+        (
+            {"eval_metrics": ["exact_match", "bleu"], "trainer": "standard"},
+            "eval_loss or eval_exact_match or eval_bleu_1 or eval_bleu_2 or eval_bleu_3 or "
+            "eval_bleu_4",
+        ),
+        (
+            {"eval_data_path": {"a": "a.json", "b": "b.json"}, "eval_metrics": ["cider"]},
+            "eval_loss or eval_a_loss or eval_b_loss or eval_a_cider or eval_b_cider",
+        ),
     ],
 )
 def test_an_unknown_metric_is_refused_with_the_known_ones(arguments, keys, known):
@@ -122,12 +131,41 @@ def test_a_metric_of_one_of_several_sets_is_known(arguments, metric):
 
 
 @pytest.mark.parametrize(
+    ("metrics", "sets", "best_by"),
+    [
+        ("cider", "e.json", "cider"),
+        ("exact_match|cider", "e.json", "eval_cider"),
+        ("anls", "e.json", "anls"),
+        ("bleu", "e.json", "bleu_4"),
+        ("bleu", '{"a": "a.json"}', "eval_a_bleu_1"),
+        ("vqa_accuracy", '{"a": "a.json"}', "a_vqa_accuracy"),
+    ],
+)
+def test_of_answers_the_greater_metric_is_the_better(arguments, metrics, sets, best_by):
+    keys = {**PATIENT, "eval_data_path": sets, "eval_metrics": metrics}
+    assert best(arguments(**keys, metric_for_best_model=best_by))[:3] == (True, best_by, True)
+
+
+def test_keys_of_answers_that_have_no_effect_are_told(arguments, capsys):
+    arguments(**EVALUATED, eval_metrics="cider", eval_generate_samples=5)
+    assert "has no effect" not in capsys.readouterr().err
+    arguments(**EVALUATED, eval_generate_samples=5)
+    told = capsys.readouterr().err
+    assert "note: eval_generate_samples has no effect: there are no eval_metrics\n" in told
+
+
+@pytest.mark.parametrize(
     ("keys", "where", "what"),
     [
         (
             {"early_stopping_patience": 2},
             "early_stopping_patience",
             "nothing is evaluated during training",
+        ),
+        (
+            {"eval_metrics": ["cider"]},
+            "eval_metrics",
+            "are given, but there is no eval_data_path",
         ),
         (
             {"early_stopping_patience": 2, "eval_data_path": "e.json"},

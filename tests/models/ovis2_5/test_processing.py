@@ -314,6 +314,15 @@ def test_preprocessor_file_of_published_patch_sizes_comes_back_as_it_was(checkpo
     )
 
 
+def test_special_tokens_are_saved_under_the_published_key(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "saved")
+    file = "tokenizer_config.json"
+    published = json.loads((GOLDENS / "tokenizer" / file).read_text("utf-8"))
+    saved = json.loads((tmp_path / "saved" / file).read_text("utf-8"))
+    assert saved["additional_special_tokens"] == published["additional_special_tokens"]
+    assert "extra_special_tokens" not in saved
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_saved_processor_reloads_equal(processor, tmp_path, with_config):
     processor.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,1 @@
+"""Score a model: its answers and embeddings against references, and its loss."""
