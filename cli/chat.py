@@ -18,9 +18,11 @@ from .answer_text import AnswerPrinter, how_it_ended, parts_so_far
 from .inference_flags import (
     add_model_flags,
     add_sampling_flags,
+    add_tools_flag,
     check_model,
     load_inference,
     sampling_of,
+    tools_of,
 )
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from ..inference.tools import Tool
 
 COMMANDS = {
-    "image": ("PATH ...", "attach images to the next question, files or URLs"),
-    "video": ("PATH", "attach a video to it"),
+    "image": ("[PATH ...]", "attach images to the next question, files or URLs; alone: detach"),
+    "video": ("[PATH]", "attach a video to it; alone: detach"),
     "think": ("on|off", "let the model think before it answers"),
     "budget": ("N|off", "end a thought after N tokens"),
     "system": ("[TEXT]", "start over, with this system prompt"),
@@ -40,7 +42,7 @@ COMMANDS = {
 }
 HELP = "\n".join(
     [
-        *(f"/{name} {words}".ljust(17) + what for name, (words, what) in COMMANDS.items()),
+        *(f"/{name} {words}".ljust(19) + what for name, (words, what) in COMMANDS.items()),
         "Ctrl-C stops an answer. Quote a path with spaces. A line that ends in \\ goes on in the",
         "next one, and one that begins with a space is no command.",
     ]
@@ -62,9 +64,7 @@ def main(argv: Sequence[str]) -> int:
     sampling = sampling_of(given)
     images = [_readable(path) for path in given.image]
     inference = load_inference(given)
-    from ..inference.tools import TOOLS  # imported late, as torch is
-
-    tools = [TOOLS[name] for name in given.tools]
+    tools = tools_of(given)
     say(f"{' + '.join([given.model, *given.adapter])}: /help lists the commands, Ctrl-D leaves")
     return TerminalChat(inference, sampling, bool(given.thinking), tools, images).run()
 
@@ -89,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="files or URLs for the first question",
     )
-    parser.add_argument(
-        "--tools", nargs="+", choices=("crop",), default=[], help="what the model may call"
-    )
+    add_tools_flag(parser)
     return parser
 
 
@@ -183,14 +181,16 @@ class TerminalChat:
         name, _, rest = line[1:].strip().partition(" ")
         rest = rest.strip()
         match name:
-            case "image" if paths := _paths(rest):
-                self.images += [_readable(path) for path in paths]
+            case "image":
+                more = [_readable(path) for path in _paths(rest)]
+                self.images = [*self.images, *more] if more else []
                 say(f"attached: {len(self.images)} image{'' if len(self.images) == 1 else 's'}")
-            case "video" if len(paths := _paths(rest)) == 1:
-                if not os.path.isfile(paths[0]):
-                    raise DataError(paths[0], "there is no such file", "give the path of a video")
-                self.video = paths[0]
-                say(f"attached: {self.video}")
+            case "video" if len(paths := _paths(rest)) < 2:
+                video = paths[0] if paths else None
+                if video is not None and not os.path.isfile(video):
+                    raise DataError(video, "there is no such file", "give the path of a video")
+                self.video = video
+                say(f"attached: {video or 'no video'}")
             case "think" if rest in ("on", "off"):
                 self.thinking = rest == "on"
                 say(f"thinking: {rest}")

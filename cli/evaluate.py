@@ -20,6 +20,7 @@ from .inference_flags import (
     add_model_flags,
     add_sampling_flags,
     answer_settings,
+    check_budget,
     check_model,
     hide_bars,
     load_inference,
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     """
     given = _parser().parse_args(argv)
     check_model(given)
+    check_budget(given)
     names, required = named_metrics(given.metrics, given.stage)
     sampling, run = sampling_of(given), _run_of(given)
     sources = _sources(given, run)
@@ -253,7 +255,7 @@ def _load(given: argparse.Namespace, kind: Kind) -> "VLMInference | DualEncoder"
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     """The result as a table, and what is to be said besides."""
     metrics = result["metrics"]
-    width = max(map(len, metrics))
+    width = max(map(len, ("metric", *metrics)))
     yield f"{'metric':{width}}{'value':>10}   {'95 % interval':<19}{'n':>8}"
     for name, found in metrics.items():
         interval = f"{found['low']:.4f} to {found['high']:.4f}"

@@ -19,10 +19,13 @@ from .answer_text import AnswerPrinter, how_it_ended, parts_so_far
 from .inference_flags import (
     add_model_flags,
     add_sampling_flags,
+    add_tools_flag,
     answer_settings,
+    check_budget,
     check_model,
     load_inference,
     sampling_of,
+    tools_of,
 )
 
 if TYPE_CHECKING:
@@ -102,9 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"records answered together (default: {BATCH_SIZE})",
     )
     many.add_argument("--limit", type=_count, metavar="N", help="only the first N records")
-    parser.add_argument(
-        "--tools", nargs="+", choices=("crop",), default=[], help="what the model may call"
-    )
+    add_tools_flag(parser)
     add_model_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -135,8 +136,7 @@ def _check_flags(given: argparse.Namespace) -> None:
         raise _refused("video", "cannot be given with --image", "keep one of them")
     elif given.thinking_budget and not given.thinking:
         raise _refused("thinking_budget", "has no effect without --thinking", "give both")
-    if given.thinking_budget and given.thinking is False:
-        raise _refused("thinking_budget", "has no effect with --no_thinking", "keep one of them")
+    check_budget(given)
 
 
 def _refused(flag: str, what: str, fix: str) -> ConfigError:
@@ -154,8 +154,6 @@ def _answer_data(given: argparse.Namespace) -> int:
         say(f"{given.output} is there already, made with these settings")
         return _told(finished)
     inference = load_inference(given)
-    from ..inference.tools import TOOLS  # imported late, as torch is
-
     return _told(
         answer_file(
             inference,
@@ -165,7 +163,7 @@ def _answer_data(given: argparse.Namespace) -> int:
             enable_thinking=given.thinking,
             batch_size=given.batch_size or BATCH_SIZE,
             limit=given.limit,
-            tools=[TOOLS[name] for name in given.tools],
+            tools=tools_of(given),
             settings=settings,
         )
     )
@@ -185,10 +183,8 @@ def _answer_one(given: argparse.Namespace) -> None:
     images = _checked_images(given)
     inference = load_inference(given)
     from ..inference import ask_about  # imported late, as torch is
-    from ..inference.tools import TOOLS
 
-    tools = [TOOLS[name] for name in given.tools]
-    settings: Any = {"enable_thinking": bool(given.thinking), "tools": tools}
+    settings: Any = {"enable_thinking": bool(given.thinking), "tools": tools_of(given)}
     if given.json and len(images) == 1:
         started = time.monotonic()
         found = inference.grounding_inference(
@@ -196,8 +192,7 @@ def _answer_one(given: argparse.Namespace) -> None:
         )
         for fault in found.faults:
             note(f"{fault.where}: {fault.what}")
-        places = {key: getattr(found, key) for key in ("boxes", "points") if getattr(found, key)}
-        _print_json(found.reply, started, places)
+        _print_json(found.reply, started, {"boxes": found.boxes, "points": found.points})
         return
     request = ask_about(given.prompt, images, given.video, system=given.system)
     if given.json:

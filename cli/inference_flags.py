@@ -18,6 +18,7 @@ from ..data.sources import Source
 from ..inference.sampling import DRAWN, Sampling
 
 if TYPE_CHECKING:
+    from ..inference.tools import Tool
     from ..inference.vlm import VLMInference
 
 PLACES, BLOCK = 512, 4096
@@ -102,6 +103,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="of the drawing")
 
 
+def add_tools_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tools", nargs="+", choices=("crop",), default=[], help="what the model may call"
+    )
+
+
 def check_model(given: argparse.Namespace) -> None:
     """See that what is named can be there, without importing torch, which takes seconds.
 
@@ -183,6 +190,24 @@ def sampling_of(given: argparse.Namespace) -> Sampling:
         thinking_budget=given.thinking_budget,
         seed=given.seed,
     )
+
+
+def check_budget(given: argparse.Namespace) -> None:
+    """Raises ConfigError for a budget of thoughts where `--no_thinking` says for good that there
+    are none."""
+    if given.thinking_budget and given.thinking is False:
+        raise ConfigError(
+            f"{COMMAND_LINE}, thinking_budget",
+            "has no effect with --no_thinking",
+            "keep one of them",
+        )
+
+
+def tools_of(given: argparse.Namespace) -> "list[Tool]":
+    """What `--tools` names."""
+    from ..inference.tools import TOOLS  # imported late, as torch is
+
+    return [TOOLS[name] for name in given.tools]
 
 
 def answer_settings(given: argparse.Namespace, sources: Sequence[Source]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from ..core.logging import note, say
 from .inference_flags import (
     add_model_flags,
     add_sampling_flags,
+    add_tools_flag,
     check_model,
     load_inference,
     sampling_of,
+    tools_of,
 )
 
 if TYPE_CHECKING:
@@ -55,11 +57,9 @@ def main(argv: Sequence[str]) -> None:
         inference = load_inference(given)
         # Gradio reads both when it is imported: nothing is sent anywhere, nothing stays behind.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
-        from ..inference.tools import TOOLS
         from .ui import Page
 
-        tools = [TOOLS[name] for name in given.tools]
-        with closing(Page(inference, sampling, bool(given.thinking), tools)) as page:
+        with closing(Page(inference, sampling, bool(given.thinking), tools_of(given))) as page:
             serve(page.blocks(" + ".join([given.model, *given.adapter])), listening)
 
 
@@ -78,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=int, default=7860, metavar="N", help="default: 7860; 0 takes a free one"
     )
-    parser.add_argument(
-        "--tools", nargs="+", choices=("crop",), default=[], help="what the model may call"
-    )
+    add_tools_flag(parser)
     return parser
 
 

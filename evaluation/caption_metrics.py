@@ -56,8 +56,9 @@ def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
 
 
 def _ngrams(tokens: Tokens) -> Ngrams:
-    """How often each n-gram is there, for n from 1 to 4."""
-    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, 5)]
+    """How often each n-gram is there, for n from 1 to `ORDERS`."""
+    orders = range(1, ORDERS + 1)
+    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in orders]
 
 
 def _likeness(candidate: list[dict], reference: list[dict]) -> float:

@@ -26,7 +26,7 @@ class Score:
     """A metric over a set of samples.
 
     Attributes:
-        value: In [0, 1]; CIDEr-D in [0, 10].
+        value: In [0, 1]; CIDEr-D in [0, 10]; a loss in nats.
         low: Lower end of its 95 % interval.
         high: Upper end of its 95 % interval.
         per_sample: The metric of each sample, in the order given; the value is their mean, but

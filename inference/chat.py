@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Unpack
 from ..core.errors import DataError
 from ..data.conversation import IMAGE_MARK, VIDEO_MARK, Turn
 from .media import ImageSource, Video, fetched, listed
-from .reply import Reply
+from .reply import END_OF_THOUGHT, Reply
 from .request import Request, ask_about
 from .settings import Settings, arguments_of
 from .streaming import Stream
@@ -21,7 +21,7 @@ class Chat:
 
     A turn that fails, or whose stream is not read to its end, leaves no trace. Where the model
     itself writes `<image>` or `<video>`, the history has `< image>` or `< video>`, which stand for
-    no medium.
+    no medium; a thought that was cut off is ended there.
 
     Attributes:
         history: Turns so far, a system turn first where one was given.
@@ -85,6 +85,8 @@ class Chat:
         parts, shown = reply.text.split(IMAGE_MARK), len(reply.images) + 1
         parts = [IMAGE_MARK.join(parts[:shown]), *parts[shown:]]
         text = _unmarked(IMAGE_MARK).join(parts).replace(VIDEO_MARK, _unmarked(VIDEO_MARK))
+        if reply.unfinished_thought:
+            text += f"\n{END_OF_THOUGHT}\n\n"
         self.history = [*request.turns, Turn("assistant", text, True)]
         self.images = [*request.images, *reply.images]
         self.video = request.video

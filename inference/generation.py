@@ -30,15 +30,21 @@ GREEDY |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 """What does not change the likeliest token, by values that transformers (5.23) does not warn of."""
 
 
-def check_context(model: Any, prompt_tokens: int, sampling: Sampling) -> None:
+def new_tokens(tokenizer: Any, sampling: Sampling, thinks: bool) -> int:
+    """The most that a row can have."""
+    return sampling.limit(thinks, len(_early_stop(tokenizer)))
+
+
+def check_context(model: Any, prompt_tokens: int, new: int) -> None:
     """Raises ModelError where prompt and new tokens are more than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and prompt_tokens + sampling.max_new_tokens > limit:
+    if limit and prompt_tokens + new > limit:
         raise ModelError(
             "prompt",
-            f"its {prompt_tokens:,} tokens and max_new_tokens {sampling.max_new_tokens:,} are more "
-            f"than the {limit:,} positions of the model",
-            "shorten it, lower max_pixels where images fill it, or lower max_new_tokens",
+            f"its {prompt_tokens:,} tokens and up to {new:,} new ones are more than the {limit:,} "
+            "positions of the model",
+            "shorten it, lower max_pixels where images fill it, or lower max_new_tokens and "
+            "thinking_budget",
         )
 
 
@@ -74,11 +80,12 @@ def generate(
         ModelError: the context is too long.
     """
     lengths_B = inputs["attention_mask"].sum(-1)
-    check_context(model, int(lengths_B.max()), sampling)
     thinks = [thinking] * len(lengths_B) if isinstance(thinking, bool) else list(thinking)
     settings = _settings(model, tokenizer, sampling)
-    early_stop = tokenizer.encode(EARLY_STOP, add_special_tokens=False)
+    early_stop = _early_stop(tokenizer)
     rows = Rows(tokenizer, sampling, thinks, early_stop, stop_at, settings["eos_token_id"])
+    for length, new in zip(lengths_B.tolist(), rows.limits, strict=True):
+        check_context(model, length, new)
     with ExitStack() as stack:
         stack.enter_context(ONE_AT_A_TIME)
         stack.enter_context(_evaluating(model))
@@ -97,6 +104,10 @@ def generate(
             synced_gpus=synced,
         )
     return [rows.result(row, ids) for row, ids in enumerate(ids_BT.tolist())]
+
+
+def _early_stop(tokenizer: Any) -> list[int]:
+    return tokenizer.encode(EARLY_STOP, add_special_tokens=False)
 
 
 def _settings(model: Any, tokenizer: Any, sampling: Sampling) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A model ready to generate, with its processor and the settings it was trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from ..lora.checkpoint import Checkpoint
 from ..lora.measure import add_adapters
 from ..lora.quantization import Quantization, keep_unpacked, quantization_for
 from ..models import Ovis2_5Config
+from ..models.loading import has_vocabulary
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -59,6 +60,7 @@ def load(
     device: str | None = None,
     load_in_4bit: bool = False,
     attn_implementation: str | None = None,
+    before: Callable[[Any, dict[str, Any]], None] = lambda processor, run: None,
 ) -> Loaded:
     """Load a checkpoint of Ovis2.5 or of any other family of image and text to text.
 
@@ -70,6 +72,7 @@ def load(
         device: By its torch name; None: this process's GPU where there is one.
         load_in_4bit: NF4 with bitsandbytes. An adapter that was trained on quantised weights gets
             them as they were in its training, whatever this says.
+        before: Called with `processor` and `run` of `Loaded` before the weights are read.
 
     Raises:
         ModelError: no processor beside the model, no vision language model, broken weights, an
@@ -86,6 +89,9 @@ def load(
         model = _base_of(opened[0])
     where = f"model {model}"
     config, processor = _read_config(model, where), _read_processor(model, where)
+    sources = [*(str(adapter.folder) for adapter in reversed(opened)), model]
+    run = next(filter(None, map(_run_config, sources)), {})
+    before(processor, run)
     if dtype == "auto" and torch.device(device).type == "cpu":
         chosen = "float32"
     else:
@@ -103,8 +109,7 @@ def load(
     if opened:
         loaded = add_adapters(loaded, opened, device)
     loaded.eval().requires_grad_(False)
-    sources = [*(str(adapter.folder) for adapter in reversed(opened)), model]
-    return Loaded(loaded, processor, next(filter(None, map(_run_config, sources)), {}))
+    return Loaded(loaded, processor, run)
 
 
 def _device(device: str | None) -> str:
@@ -174,9 +179,7 @@ def _read_processor(model: str, where: str) -> ProcessorMixin:
         raise ModelError(where, f"its processor cannot be loaded: {reason}", fix) from error
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(where, f"has a {type(processor).__name__}, but no processor", fix)
-    tokenizer: Any = processor.tokenizer  # type: ignore[attr-defined]
-    # Without tokenizer.json transformers (5.23) makes one of the few tokens in other files.
-    if not tokenizer.encode("text", add_special_tokens=False):
+    if not has_vocabulary(processor.tokenizer):  # type: ignore[attr-defined]
         raise ModelError(where, "its tokenizer has no vocabulary", fix)
     return processor
 

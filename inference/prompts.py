@@ -102,7 +102,12 @@ class OvisPrompts:
                 request.turns, self.processor, thinking, enable_thinking, begun=begun
             )
         except DataError as error:  # thoughts of the history hold an image
-            raise DataError(f"{request.where}, {error.where}", error.what, error.fix) from None
+            raise DataError(
+                f"{request.where}, {error.where}",
+                error.what,
+                "start a new chat, or leave the record out: this model forgets earlier thoughts, "
+                "and what they show.",
+            ) from None
         media = self._media(request)
         counts = [self.processor.image_processor.visual_tokens(grid) for _, grid in media]
         ids = encode(segments, self.processor, counts).ids
@@ -129,6 +134,14 @@ class OvisPrompts:
             batch["pixel_values"] = self.processor.image_processor.normalise(pixels)
             batch["grid_thws"] = torch.tensor([grid for _, grid in media])
         return batch
+
+    def seen_size(self, size: tuple[int, int], images: int) -> tuple[int, int]:
+        """Width and height, from those of an image as given, at which the model sees it, one of so
+        many."""
+        width, height = size
+        processor, bounds = self.processor.image_processor, self.settings.limits.for_images(images)
+        _, rows, columns = processor.grid(height, width, *bounds)
+        return columns * processor.patch_size, rows * processor.patch_size
 
     def _media(self, request: Request) -> list[tuple[np.ndarray, Grid]]:
         """Patches, uint8 `[n, features]`, and grid of each medium."""

@@ -65,7 +65,8 @@ def parse_reply(text: str, opened: bool = False) -> tuple[str, str, bool]:
     """Thought and answer, both stripped, and whether the thought was left unfinished.
 
     The first `</think>` parts them, whether `<think>` was written or not. A thought that is begun
-    and not ended is all there is, with an empty answer; text without tags is the answer.
+    and not ended is all there is, with an empty answer; text that does not begin with `<think>` and
+    has no `</think>` is the answer.
 
     Args:
         opened: Whether the prompt itself ended in `<think>`.

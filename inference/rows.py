@@ -32,7 +32,7 @@ class Rows:
     """The rows of one call of `generate`, between which nothing is shared.
 
     Attributes:
-        limit: New tokens that any row can have.
+        limits, limit: Most new tokens of each row, and of any.
         begin: Where they begin in the ids that the host hands over; those of a prompt that it was
             given as embeddings are not among them.
         written: New tokens so far.
@@ -53,10 +53,9 @@ class Rows:
         self.stop_at, self.stop_ids = stop_at, stop_ids
         # A token is a byte at least.
         self.reach = max((len(text.encode()) for text in stop_at), default=0)
-        self.most = self.limit = sampling.max_new_tokens
+        self.limits = [sampling.limit(on, len(early_stop)) for on in thinks]
+        self.most, self.limit = sampling.max_new_tokens, max(self.limits)
         self.budget, self.early_stop = sampling.thinking_budget, early_stop
-        if self.budget and any(thinks):
-            self.limit = max(self.most, self.budget + len(early_stop))
         self.begin: int | None = None
         self.written = 0
         self.ended: list[Ended | None] = [None] * len(thinks)

@@ -14,7 +14,8 @@ class Sampling:
     """How tokens are chosen; None: as the model's own generation_config says.
 
     Attributes:
-        max_new_tokens: Limit of all new tokens, thought included.
+        max_new_tokens: Limit of all new tokens, thought included; only the text that ends a
+            thought may go beyond it.
         do_sample: Draw tokens instead of taking the likeliest.
         thinking_budget: New tokens after which an unfinished thought is ended with `EARLY_STOP`,
             which counts as new tokens and is written whole.
@@ -58,3 +59,9 @@ class Sampling:
             raise ConfigError(
                 unused[0], "has no effect without do_sample", "set do_sample too, or leave it out"
             )
+
+    def limit(self, thinks: bool, closing: int) -> int:
+        """Most new tokens of a row; `closing` of them end a thought that reaches its budget."""
+        if not thinks or self.thinking_budget is None:
+            return self.max_new_tokens
+        return max(self.max_new_tokens, self.thinking_budget + closing)

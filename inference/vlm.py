@@ -1,6 +1,7 @@
 """A model to talk to: one question, a batch, a stream of text, a chat."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self, Unpack, get_args
 
@@ -13,8 +14,8 @@ from ..data.boxes import find_boxes
 from ..models import Ovis2_5Processor
 from .chat import Chat
 from .chat_template import TemplatePrompts
-from .crop_tool import PixelBox, point_to_pixel, to_pixels
-from .generation import Generated, check_context, generate
+from .crop_tool import PixelBox, Unit, point_to_pixel, to_pixels
+from .generation import Generated, check_context, generate, new_tokens
 from .loading import load
 from .media import ImageSource, Video, fetched, open_picture
 from .prompts import OvisPrompts, Prompt, PromptSettings
@@ -85,35 +86,40 @@ class VLMInference:
         if thinking_format and thinking_format not in formats:
             what = f'"{thinking_format}" is unknown'
             raise ConfigError("thinking_format", what, f"give {', '.join(formats)}")
-        loaded = load(
+
+        def prepare(processor: Any, run: dict[str, Any]) -> None:
+            settings = PromptSettings.of_run(run)
+            if isinstance(processor, Ovis2_5Processor):
+                settings = settings.with_pixels(min_pixels, max_pixels)
+            elif min_pixels or max_pixels:
+                key = "min_pixels" if min_pixels else "max_pixels"
+                what = "is for Ovis2.5; the processor of this model sizes images by itself"
+                raise ConfigError(key, what, "leave it out")
+            if thinking_format:
+                settings = replace(settings, thinking=thinking_format)
+            self._use(processor, settings)
+
+        self.model = load(
             model,
             [adapter] if isinstance(adapter, str) else list(adapter or ()),
             dtype=dtype,
             device=device,
             load_in_4bit=load_in_4bit,
             attn_implementation=attn_implementation,
-        )
-        settings = PromptSettings.of_run(loaded.run)
-        if isinstance(loaded.processor, Ovis2_5Processor):
-            settings = settings.with_pixels(min_pixels, max_pixels)
-        elif min_pixels or max_pixels:
-            key = "min_pixels" if min_pixels else "max_pixels"
-            what = "is for Ovis2.5; the processor of this model sizes images by itself"
-            raise ConfigError(key, what, "leave it out")
-        if thinking_format:
-            settings = replace(settings, thinking=thinking_format)
-        self._use(loaded.model, loaded.processor, settings)
+            before=prepare,
+        ).model
 
     @classmethod
     def of(cls, model: Any, processor: Any, settings: PromptSettings) -> Self:
         """With a model that is there already, such as one in training; its mode and its device
         are left as they are."""
         self = cls.__new__(cls)
-        self._use(model, processor, settings)
+        self._use(processor, settings)
+        self.model = model
         return self
 
-    def _use(self, model: Any, processor: Any, settings: PromptSettings) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+    def _use(self, processor: Any, settings: PromptSettings) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
         if isinstance(processor, Ovis2_5Processor):
             self.prompts = OvisPrompts(processor, settings)
         else:
@@ -185,18 +191,13 @@ class VLMInference:
         """
         sampling = sampling or Sampling()
         prompt = self._prompt(request, sampling, enable_thinking, begun)
-        thinks = enable_thinking and END_OF_THOUGHT not in begun
+        thinks = _thinks_on(enable_thinking, begun)
         streamer = TextStreamer(self.tokenizer, on_text) if on_text else None
-        try:
+        fix = "lower max_pixels or max_new_tokens, or load the model in 4 bits"
+        with _memory_for(request.where, fix):
             [generated] = self._generate(
                 [prompt], sampling, [thinks], stop_at=stop_at, streamer=streamer
             )
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                request.where,
-                f"the GPU is out of memory: {str(error).splitlines()[0]}",
-                "lower max_pixels or max_new_tokens, or load the model in 4 bits",
-            ) from error
         if generated.error:
             raise _placed(generated.error, request)
         return generated, prompt.opened
@@ -301,14 +302,30 @@ class VLMInference:
         image: ImageSource,
         prompt: str,
         *,
+        unit: Unit = "normalized",
         system: str | None = None,
         **settings: Unpack[Settings],
     ) -> Grounding:
         """The reply with its boxes and points scaled to the image; otherwise as
-        `single_image_inference`."""
+        `single_image_inference`.
+
+        Args:
+            unit: As of `crop_tool.to_pixels`: what the model writes; `pixels` are those of the
+                image as the model sees it, resized, of Ovis2.5 alone.
+        """
+        if unit not in get_args(Unit):
+            raise ConfigError("unit", f'"{unit}" is unknown', f"give {', '.join(get_args(Unit))}")
+        prompts = self.prompts
+        if unit == "pixels" and not isinstance(prompts, OvisPrompts):
+            what = "pixels is for Ovis2.5; how this model resizes images is not known"
+            raise ConfigError("unit", what, "leave it out")
         image = fetched(image, "image")
         reply = self.single_image_inference(image, prompt, system=system, **settings)
-        return ground(reply, open_picture(image, "image").size)
+        size, resized = open_picture(image, "image").size, None
+        if isinstance(prompts, OvisPrompts):
+            # What tools showed changes the limits of all images.
+            resized = prompts.seen_size(size, 1 + len(reply.images))
+        return ground(reply, size, resized, unit)
 
     def batch_inference(
         self,
@@ -324,6 +341,10 @@ class VLMInference:
             requests: Each a `Request`, or `{"prompt", "image" | "images" | "video", "system"}`
                 with one image or a list of them.
             sampling: Fields of `Sampling`.
+
+        Raises:
+            ConfigError: the settings are out of range, or contradict each other.
+            TrainingError: the GPU is out of memory.
         """
         if batch_size < 1:
             raise ConfigError("batch_size", f"{batch_size} is below 1", "give 1 or more")
@@ -333,7 +354,9 @@ class VLMInference:
         for start in range(0, len(read), batch_size):
             batch = read[start : start + batch_size]
             asked = [request for request in batch if isinstance(request, Request)]
-            found = iter(self.answer(asked, chosen, enable_thinking=enable_thinking))
+            where = f"requests[{start}] to [{start + len(batch) - 1}]"
+            with _memory_for(where, "lower batch_size or max_pixels"):
+                found = iter(self.answer(asked, chosen, enable_thinking=enable_thinking))
             replies += [
                 next(found) if isinstance(request, Request) else Reply.failed(request)
                 for request in batch
@@ -348,8 +371,9 @@ class VLMInference:
         self, request: Request, sampling: Sampling, enable_thinking: bool, begun: str = ""
     ) -> Prompt:
         prompt = self.prompts.encode(request, enable_thinking, begun)
+        new = new_tokens(self.tokenizer, sampling, _thinks_on(enable_thinking, begun))
         try:
-            check_context(self.model, prompt.length, sampling)
+            check_context(self.model, prompt.length, new)
         except ModelError as error:
             raise _placed(error, request) from None
         return prompt
@@ -375,11 +399,25 @@ class Ovis25Inference(VLMInference):
 
     prompts: OvisPrompts
 
-    def _use(self, model: Any, processor: Any, settings: PromptSettings) -> None:
+    def _use(self, processor: Any, settings: PromptSettings) -> None:
         if not isinstance(processor, Ovis2_5Processor):
             what = f"its processor is {type(processor).__name__}, and not of Ovis2.5"
             raise ModelError("Ovis25Inference", what, "use VLMInference for other families")
-        super()._use(model, processor, settings)
+        super()._use(processor, settings)
+
+
+@contextmanager
+def _memory_for(where: str, fix: str) -> Iterator[None]:
+    """Raises TrainingError where that of the GPU does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"the GPU is out of memory: {str(error).splitlines()[0]}"
+        raise TrainingError(where, what, fix) from error
+
+
+def _thinks_on(enable_thinking: bool, begun: str) -> bool:
+    return enable_thinking and END_OF_THOUGHT not in begun
 
 
 def _placed(error: ModelError, request: Request) -> ModelError:
@@ -387,15 +425,23 @@ def _placed(error: ModelError, request: Request) -> ModelError:
     return ModelError(request.where, error.what, error.fix)
 
 
-def ground(reply: Reply, size: tuple[int, int]) -> Grounding:
-    """What a reply points at in an image of that width and height."""
+def ground(
+    reply: Reply,
+    size: tuple[int, int],
+    resized: tuple[int, int] | None = None,
+    unit: Unit = "normalized",
+) -> Grounding:
+    """What a reply points at in an image of that width and height; arguments as of
+    `crop_tool.to_pixels`."""
     found = Grounding(reply, [], [], [])
     for box in find_boxes(reply.answer):
         try:
             if len(box.coordinates) == 4:
-                found.boxes.append(to_pixels(box.coordinates, size))
+                found.boxes.append(to_pixels(box.coordinates, size, resized=resized, unit=unit))
             else:
-                found.points.append(point_to_pixel(box.coordinates, size))
+                found.points.append(
+                    point_to_pixel(box.coordinates, size, resized=resized, unit=unit)
+                )
         except DataError as error:
             found.faults.append(error)
     return found

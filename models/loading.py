@@ -1,12 +1,19 @@
 """The processor of a checkpoint, with what is wrong with the checkpoint in words."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
 from ..core.checkpoints import ADAPTER_CONFIG, MODEL_FORM, require_model
 from ..core.errors import ModelError
 from . import Ovis2_5Config, Ovis2_5Processor
+
+
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether it knows text: without tokenizer.json transformers (5.23) makes one of the few tokens
+    in other files."""
+    return bool(tokenizer.encode("text", add_special_tokens=False))
 
 
 def load_processor(path: str) -> Ovis2_5Processor:
@@ -24,8 +31,7 @@ def load_processor(path: str) -> Ovis2_5Processor:
         config = AutoConfig.from_pretrained(path)
         if isinstance(config, Ovis2_5Config):
             processor = AutoProcessor.from_pretrained(path)
-            # Without tokenizer.json transformers (5.23) makes one of the few tokens in other files.
-            if not processor.tokenizer.encode("text", add_special_tokens=False):
+            if not has_vocabulary(processor.tokenizer):
                 raise ValueError("its tokenizer has no vocabulary")
             return processor
     except ModelError:

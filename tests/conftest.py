@@ -1,6 +1,7 @@
 """Fixtures for every room: the golden numbers, checkpoint folders made from them, a browser."""
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -37,6 +38,8 @@ return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility(
 """
 
 ROOT = Path(__file__).parents[1]
+HUNG = 240
+"""Seconds after which a process counts as hung."""
 OVIS_GOLDENS = Path(__file__).parent / "goldens" / "ovis2_5"
 
 
@@ -198,6 +201,39 @@ def fluent_ovis(tiny_ovis, tmp_path_factory) -> Path:
         pytest.fail(f"fluent_ovis has not learned its answers: loss {loss.item():.3f}")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[[Callable], list[int | None]]:
+    """`two_ranks(call)`: exit codes of two forks that call it, with the environment of a launcher
+    that watches neither."""
+    import torch
+    from torch.distributed import TCPStore
+
+    def run(call: Callable) -> list[int | None]:
+        # The store is kept here, as torchrun does: its port is never free for another program.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        known = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": "2",
+        }
+
+        def child(rank: int) -> None:
+            os.environ.update(known, RANK=str(rank), LOCAL_RANK=str(rank))
+            torch.set_num_threads(1)  # others do not survive a fork
+            call()
+
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(2)]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join(HUNG)
+        return [process.exitcode for process in children]
+
+    return run
 
 
 @pytest.fixture(scope="module")

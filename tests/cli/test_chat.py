@@ -131,8 +131,25 @@ def test_what_cannot_be_done_is_said_and_the_chat_goes_on(terminal, tmp_path):
         ),
     ]:
         assert terminal.answer(line).startswith(told)
-    assert "/budget N|off" in terminal.answer("/help")
+    told = terminal.answer("/help")
+    for command in ("/budget N|off", "/image [PATH ...]", "/video [PATH]"):
+        assert f"\n{command}  " in f"\n{told}"
     terminal.answer("/system")
+    assert terminal.answer("Name a colour.") == "Blue.\n"
+
+
+def test_what_is_attached_is_taken_back_by_its_command_alone(terminal, fluent_ovis, tmp_path):
+    video, image = tmp_path / "clip.mp4", f"/image {fluent_ovis}/images/digit_0675.png"
+    video.touch()
+    terminal.answer("/clear")
+    assert terminal.answer(image) == "attached: 1 image\n"
+    assert terminal.answer(f"/video {video}") == f"attached: {video}\n"
+    assert terminal.answer("Which digit is this?").startswith("DataError: ")
+    assert terminal.answer("/video") == "attached: no video\n"
+    assert terminal.answer("Which digit is this?") == "It is a four.\n"
+    terminal.answer("/clear")
+    terminal.answer(image)
+    assert terminal.answer("/image") == "attached: 0 images\n"
     assert terminal.answer("Name a colour.") == "Blue.\n"
 
 

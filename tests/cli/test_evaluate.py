@@ -189,6 +189,11 @@ REFUSED = {
         "ConfigError: thinking_budget:",
         "leaves no token",
     ),
+    "budget of no thought": (
+        ["--data", "data.json", "--thinking_budget", "9", "--no_thinking"],
+        "ConfigError: command line, thinking_budget:",
+        "has no effect with --no_thinking",
+    ),
     "output": (
         ["--data", "data.json", "--output", "data.json"],
         "ConfigError: output data.json:",

@@ -115,7 +115,14 @@ def test_json_has_the_boxes_in_pixels_of_the_image(infer):
         "tool_rounds": 0,
         "error": None,
         "boxes": [[16, 8, 48, 56]],
+        "points": [],
     }
+
+
+def test_json_of_one_image_has_its_boxes_and_points_where_there_are_none(infer):
+    asked = infer("--image", digit("0675"), "--prompt", "Which digit is this?", "--json")
+    found = json.loads(asked[1])
+    assert (found["answer"], found["boxes"], found["points"]) == ("It is a four.", [], [])
 
 
 def test_json_of_several_images_has_thought_and_answer(infer):

@@ -173,6 +173,16 @@ def test_image_of_several_captions_is_found_by_each_and_a_broken_one_is_reported
     assert "1 of 3 records have an error, the first:" in capsys.readouterr().out
 
 
+def test_where_one_image_is_left_the_metric_is_left_out(tiny_clip, images, tmp_path, capsys):
+    Path(images[1]).unlink()
+    assert evaluate(tiny_clip, write_records(tmp_path, {"red": ["red"], "green": ["green"]})) == 1
+    result = metrics(tmp_path)
+    assert (result["metrics"], [error["record"] for error in result["errors"]]) == ({}, [2])
+    told = capsys.readouterr().out
+    assert told.startswith("metric     value   95 % interval")
+    assert "left out: contrastive: fewer than two images can be read\n" in told
+
+
 def test_texts_that_are_cut_are_told_of(tiny_clip, images, tmp_path, capsys):
     data = write_records(tmp_path, {"red": ["a" * 14, "a" * 15], "green": ["green"]})
     assert evaluate(tiny_clip, data) == 0

@@ -2,18 +2,14 @@
 
 import json
 import math
-import multiprocessing
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 
 from vlmtune.configs.schema import ANSWER_METRICS
+from vlmtune.core.distributed import rank
 from vlmtune.core.errors import ConfigError
 from vlmtune.data.sources import Source
 from vlmtune.evaluation.folder import check_folder
@@ -24,8 +20,6 @@ from vlmtune.inference import Sampling, VLMInference
 from vlmtune.models import Ovis2_5
 
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
-LIMIT = 240
-"""Seconds after which processes count as hung."""
 
 
 @pytest.fixture(scope="module")
@@ -230,29 +224,13 @@ def test_evaluation_that_was_stopped_goes_on(evaluation, mixed, inference, monke
     assert calls == [3, 3, 3, 0]  # the first three are not asked again; the last record is none
 
 
-def ranks(call: Callable[[], Any]) -> list[int | None]:
-    """Exit codes of two forks that call it, with the environment of a launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-
-    def child(rank: int) -> None:
-        os.environ.update(known, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        torch.set_num_threads(1)  # others do not survive a fork
-        assert (call() is None) == (rank == 1)
-
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(2)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(LIMIT)
-    return [process.exitcode for process in children]
-
-
-def test_two_processes_find_what_one_finds(evaluation, mixed, tmp_path):
+def test_two_processes_find_what_one_finds(evaluation, mixed, two_ranks, tmp_path):
     metrics = ["exact_match", "cider", "loss"]
-    assert ranks(lambda: evaluate(evaluation(mixed, metrics))) == [0, 0]
+
+    def of_rank() -> None:
+        assert (evaluate(evaluation(mixed, metrics)) is None) == (rank() == 1)
+
+    assert two_ranks(of_rank) == [0, 0]
     two = json.loads((tmp_path / "out" / "metrics.json").read_text("utf-8"))
     rows = (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()
     (tmp_path / "out").rename(tmp_path / "two")

@@ -1,5 +1,6 @@
 """Other families: a tiny random Llava, asked through its processor's chat template."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,12 @@ def test_processor_without_a_chat_template_is_refused(llava):
         TemplatePrompts(processor)
 
 
-def test_what_is_for_ovis_alone_is_refused(folder):
+def test_what_is_for_ovis_alone_is_refused_before_the_weights_are_read(llava, folder, tmp_path):
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="max_pixels:\n  is for Ovis2"):
-        VLMInference(str(folder), max_pixels=10_000)
+        VLMInference(str(bare), max_pixels=10_000)
     with pytest.raises(ModelError, match="its processor is LlavaProcessor, and not of"):
-        Ovis25Inference(str(folder))
+        Ovis25Inference(str(bare))
+    with pytest.raises(ConfigError, match=r"unit:\n  pixels is for Ovis2\.5"):
+        llava.grounding_inference("gone.png", "Where?", unit="pixels")

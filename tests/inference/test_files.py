@@ -1,20 +1,16 @@
 """Answers to whole files: every row, stopped and gone on with, by one process and by two."""
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import torch
 
 from vlmtune.cli.main import main
 from vlmtune.core.distributed import rank
@@ -25,9 +21,6 @@ from vlmtune.inference import Sampling, VLMInference
 from vlmtune.inference.crop_tool import Crop
 from vlmtune.inference.files import Summary, answer_file, check_output
 from vlmtune.inference.parts import Parts
-
-LIMIT = 240
-"""Seconds after which processes count as hung."""
 
 
 @pytest.fixture(scope="module")
@@ -364,35 +357,17 @@ class Killing(Stopping):
         return Crop(images, *box)
 
 
-def ranks(run: Callable[[], Any]) -> list[int | None]:
-    """Exit codes of two forks that call `run`, with the environment of a launcher that watches
-    neither."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-
-    def child(rank: int) -> None:
-        os.environ.update(known, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        torch.set_num_threads(1)  # others do not survive a fork
-        run()
-
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=child, args=(rank,), daemon=True) for rank in range(2)]
-    for process in children:
-        process.start()
-    for process in children:
-        process.join(LIMIT)
-    return [process.exitcode for process in children]
-
-
 def test_a_killed_process_ends_the_others_and_two_again_write_what_one_writes(
-    source, answered, records, tmp_path
+    source, answered, records, two_ranks, tmp_path
 ):
     gone = {**records["digit"], "image": "gone.png"}
     data = source([records["crop"]] * 7 + [records["greeting"], gone, records["digit"]])
     one, _ = answered(data, tools=[Crop], output=tmp_path / "one.jsonl")
 
-    assert ranks(lambda: answered(data, tools=[Killing(3)], batch_size=1)) == [1, -signal.SIGKILL]
+    assert two_ranks(lambda: answered(data, tools=[Killing(3)], batch_size=1)) == [
+        1,
+        -signal.SIGKILL,
+    ]
     parts = tmp_path / "out.jsonl.parts"
     numbers = [
         [json.loads(line)["record"] for line in (parts / f"rank-{rank}.jsonl").open("rb")]
@@ -402,14 +377,14 @@ def test_a_killed_process_ends_the_others_and_two_again_write_what_one_writes(
     for part in parts.glob("rank-*.jsonl"):  # were it answered again, this would be gone
         part.write_bytes(part.read_bytes().replace(b'"thinking": ""', b'"thinking": "kept"'))
 
-    assert ranks(lambda: answered(data, tools=[Crop], batch_size=2)) == [0, 0]
+    assert two_ranks(lambda: answered(data, tools=[Crop], batch_size=2)) == [0, 0]
     content = (tmp_path / "out.jsonl").read_bytes()
     kept = [json.loads(line)["thinking"] == "kept" for line in content.splitlines()]
     assert kept == [number in numbers[0] + numbers[1] for number in range(1, 11)]
     assert content.replace(b"kept", b"") == one.output.read_bytes()
 
 
-def test_two_processes_write_one_file_after_another(tmp_path):
+def test_two_processes_write_one_file_after_another(two_ranks, tmp_path):
     outputs = [tmp_path / f"{n}.jsonl" for n in range(20)]
 
     def run() -> None:
@@ -422,7 +397,7 @@ def test_two_processes_write_one_file_after_another(tmp_path):
                     parts.finish(2)
                 wait()
 
-    assert ranks(run) == [0, 0]
+    assert two_ranks(run) == [0, 0]
     assert {output.read_text() for output in outputs} == {'{"record": 1}\n{"record": 2}\n'}
 
 
@@ -439,7 +414,7 @@ def test_two_processes_of_torchrun_write_what_one_process_writes(
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("two.jsonl: 6 records") == 1

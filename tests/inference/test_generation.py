@@ -318,9 +318,25 @@ def test_more_tokens_than_the_model_has_positions_are_refused(model, processor, 
     row = prompt(processor, [QUESTION], [image])
     model.config.llm_config.max_position_embeddings = 60
     assert len(one(model, row, processor, max_new_tokens=10).ids) == 10
-    check_context(model, 50, Sampling(max_new_tokens=10))
-    with pytest.raises(ModelError, match=r"its 50 tokens and max_new_tokens 11 .* 60 positions"):
+    check_context(model, 50, 10)
+    with pytest.raises(ModelError, match=r"its 50 tokens and up to 11 new ones .* 60 positions"):
         one(model, row, processor, max_new_tokens=11)
+
+
+def test_text_that_ends_a_thought_needs_positions_of_its_row_too(model, processor):
+    long, short = (prompt(processor, [Turn("user", text)]) for text in ("H" + "i" * 80, "Hi"))
+    positions = len(short["ids"]) + 5 + 87
+    budget = Sampling(max_new_tokens=6, thinking_budget=5)
+    model.config.llm_config.max_position_embeddings = positions
+    assert len(short["ids"]) + 50 < len(long["ids"]) < positions - 6
+    inputs = batch([long, short])
+    found = generate(model, inputs, processor.tokenizer, budget, thinking=[False, True])
+    assert [len(row.ids) for row in found] == [6, 92]
+    with pytest.raises(ModelError, match="tokens and up to 92 new ones are more than the"):
+        generate(model, inputs, processor.tokenizer, budget, thinking=True)
+    model.config.llm_config.max_position_embeddings -= 1
+    with pytest.raises(ModelError, match=f"up to 92 new ones are more than the {positions - 1} "):
+        one(model, short, processor, max_new_tokens=6, thinking_budget=5, thinking=True)
 
 
 @pytest.mark.parametrize("drawn", [False, True])

@@ -256,6 +256,16 @@ def test_thought_with_an_image_has_no_place_in_a_history_without_thoughts(proces
     with pytest.raises(DataError) as error:
         OvisPrompts(processor, PromptSettings(LIMITS, "last_turn")).encode(request)
     assert error.value.where == "chat, thinking: last_turn"
+    assert error.value.fix.startswith("start a new chat, or leave the record out: this model")
+
+
+def test_size_at_which_an_image_is_seen_is_that_of_its_patches(processor):
+    prompts = OvisPrompts(processor, PromptSettings(LIMITS))
+    images = [Image.new("RGB", size) for size in ((90, 31), (20, 20))]
+    for count, seen in ((1, (80, 24)), (2, (48, 16))):
+        batch = prompts.batch([prompts.encode(ask_about("?", images[:count]))])
+        rows, columns = batch["grid_thws"][0, 1:].tolist()
+        assert prompts.seen_size((90, 31), count) == (4 * columns, 4 * rows) == seen
 
 
 def test_request_of_a_record_ends_with_its_last_question(conversation):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmtune.core.errors import ConfigError, DataError, ModelError, TrainingError
 from vlmtune.data.conversation import Turn, parse_conversation
+from vlmtune.data.images import PixelLimits
 from vlmtune.inference import Ovis25Inference, Reply, Request, Sampling, VLMInference, ask_about
-from vlmtune.inference.prompts import OvisPrompts
+from vlmtune.inference.generation import EARLY_STOP
+from vlmtune.inference.prompts import OvisPrompts, PromptSettings
 from vlmtune.inference.tools import TOOLS
 from vlmtune.inference.vlm import ground
 
@@ -127,6 +130,21 @@ def test_boxes_are_pixels_of_the_image_that_was_given(ovis, image, tmp_path):
         small.resize((192, 128)).save(tmp_path / "large.png")
     found = ovis.grounding_inference(tmp_path / "large.png", "Where is the digit?")
     assert found.boxes == [(48, 16, 144, 112)]
+
+
+def test_boxes_in_pixels_are_those_of_the_image_as_the_model_sees_it(ovis, image, tmp_path):
+    with Image.open(image) as small:
+        small.resize((320, 192)).save(tmp_path / "wide.png")
+    limits = PixelLimits(1024, 3000, 1024, 3000, 1024, 3000, 2, 2)
+    inference = VLMInference.of(ovis.model, ovis.processor, PromptSettings(limits))
+    assert inference.prompts.seen_size((320, 192), 1) == (64, 32)  # a fifth and a sixth
+    text = "<box>(8,16),(24,24)</box><box>64.5,0,70,9</box><point>(63, 31)</point>"
+    inference.respond = lambda *_, **__: Reply.of(text, [], "stop")
+    found = inference.grounding_inference(tmp_path / "wide.png", "Where?", unit="pixels")
+    assert (found.boxes, found.points) == ([(40, 96, 120, 144)], [(315, 186)])
+    assert [fault.what[:12] for fault in found.faults] == ["lies outside"]
+    with pytest.raises(ConfigError, match='unit:\n  "px" is unknown'):
+        ovis.grounding_inference(image, "Where?", unit="px")  # type: ignore[arg-type]
 
 
 def test_boxes_that_are_none_are_told_of():
@@ -254,7 +272,7 @@ def test_adapter_is_put_on_top_and_prompts_are_those_of_its_run(fluent_ovis, ovi
 def test_one_question_that_cannot_be_answered_is_an_error(ovis, image):
     with pytest.raises(DataError, match=r"request, image:\n  gone.png does not exist"):
         ovis.single_image_inference("gone.png", DIGIT)
-    with pytest.raises(ModelError, match=r"request:\n  its \d+ tokens and max_new_tokens 40,958"):
+    with pytest.raises(ModelError, match=r"request:\n  its \d+ tokens and up to 40,958 new"):
         ovis.text_only_inference("Name a colour.", max_new_tokens=40_958)
     with pytest.raises(ConfigError, match="thinking_budget"):
         ovis.single_image_inference(image, DIGIT, thinking_budget=9, max_new_tokens=9)
@@ -284,6 +302,9 @@ def test_gpu_without_memory_is_an_error_that_says_what_to_lower(endless):
     try:
         with pytest.raises(TrainingError, match=r"request:\n  .* allocate 2 GiB\.\n  Fix: lower "):
             endless.text_only_inference("Five?")
+        requests = [{"prompt": "?", "image": "gone.png"}] * 2 + [{"prompt": "Five?"}] * 3
+        with pytest.raises(TrainingError, match=r"requests\[2\] to \[3\]:\n .*\n .* batch_size"):
+            endless.batch_inference(requests, batch_size=2)
     finally:
         hook.remove()
 
@@ -454,6 +475,41 @@ def test_turn_that_fails_or_is_left_leaves_no_trace(ovis, endless, image):
         chat.send("And here?", video=[image])
     assert len(chat.send("So?", max_new_tokens=2).tokens) == 2
     assert len(chat.history) == 4
+
+
+def test_thought_that_is_cut_off_is_no_part_of_a_history_without_thoughts(ovis, pair):
+    settings = replace(ovis.prompts.settings, thinking="last_turn")
+    chat = VLMInference.of(ovis.model, ovis.processor, settings).chat()
+    reply = chat.send(LARGER, pair, enable_thinking=True, max_new_tokens=5)
+    assert reply.unfinished_thought and reply.text.startswith("<think>\nThe ")
+    assert chat.history[-1].text == f"{reply.text}\n</think>\n\n"
+    turns = [chat.history[0], Turn("assistant", "", True)]
+    next_turn, without = (
+        chat.inference.prompts.encode(ask_about("So?", pair, history=history)).data[0]
+        for history in (chat.history, turns)
+    )
+    assert next_turn == without
+
+
+def test_thought_that_is_cut_off_is_ended_in_a_history_with_thoughts(ovis, pair):
+    chat = ovis.chat()
+    reply = chat.send(LARGER, pair, enable_thinking=True, max_new_tokens=5)
+    prompt = ovis.prompts.encode(ask_about("So?", pair, history=chat.history))
+    text = ovis.tokenizer.decode([i for i in prompt.data[0] if i >= 0])  # without the images
+    assert f"assistant\n{reply.text}\n</think>\n\n<|im_end|>" in text
+    assert text.endswith("So?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_room_for_a_thought_and_the_text_that_ends_it_is_looked_for_before_it_begins(ovis):
+    most = 40_960 - ovis.prompts.encode(ask_about("Name a colour.")).length
+    needed = most - 1 + len(ovis.tokenizer.encode(EARLY_STOP))
+    settings: Any = {"max_new_tokens": most, "thinking_budget": most - 1}
+    with pytest.raises(ModelError, match=f"up to {needed:,} new ones"):
+        ovis.text_only_inference("Name a colour.", enable_thinking=True, **settings)
+    request = [ask_about("Name a colour.")]
+    [reply] = ovis.answer(request, Sampling(**settings), enable_thinking=True)
+    assert reply.error and f"up to {needed:,} new ones" in reply.error
+    assert ovis.text_only_inference("Name a colour.", **settings).answer == "Blue."
 
 
 @pytest.mark.parametrize("tools", [[], [TOOLS["crop"]]])
