@@ -18,9 +18,10 @@ from ..collators.padded import PaddedCollator
 from ..collators.rendering import IGNORE_INDEX
 from ..collators.sample import SampleEncoder
 from ..core.distributed import rank, world_size
-from ..core.errors import DataError, TrainingError
+from ..core.errors import DataError
 from ..data.conversation import Conversation
 from ..data.pool import ahead
+from ..inference.generation import memory_for
 from ..inference.parts import Parts
 from ..models.supervised_head import label_log_probs
 from .samples import Sample
@@ -72,14 +73,9 @@ def loss_file(
         with bar, parts.lines() as write:
             for start in range(0, len(mine), WINDOW * batch_size):
                 window = mine[start : start + WINDOW * batch_size]
-                try:
+                where = f"loss of records {window[0].record} to {window[-1].record}"
+                with memory_for(where, "lower batch_size, with which the run can be gone on with"):
                     losses = iter(sample_losses(model, encoder, _readable(window), batch_size))
-                except torch.OutOfMemoryError as error:
-                    raise TrainingError(
-                        f"loss of records {window[0].record} to {window[-1].record}",
-                        f"the GPU is out of memory: {str(error).splitlines()[0]}",
-                        "lower batch_size, with which the run can be gone on with",
-                    ) from error
                 for sample in window:
                     loss = SampleLoss(error=sample.error) if sample.error else next(losses)
                     write({"record": sample.record, **asdict(loss)})

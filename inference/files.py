@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.distributed import rank, world_size
-from ..core.errors import DataError, ModelError, TrainingError
+from ..core.errors import DataError, ModelError
 from ..data.conversation import PLAIN, Conversation, read_conversation, record_id
 from ..data.sources import Source
 from .parts import Parts
@@ -210,7 +210,7 @@ def _answers(
     max_rounds: int,
 ) -> list[Reply]:
     """Raises TrainingError where the GPU's memory is not enough."""
-    import torch
+    from .generation import memory_for  # imported late, as torch is
 
     def alone(one: _Asked, request: Request) -> Reply:
         own = sampling
@@ -224,19 +224,14 @@ def _answers(
 
     good = [(one, one.request) for one in batch if one.request]
     thinking = [one.thinking for one, _ in good]
-    try:
+    where = f"records {batch[0].row['record']} to {batch[-1].row['record']}"
+    fix = "lower batch_size, with which the run can be gone on with, or max_pixels"
+    with memory_for(where, fix):
         if tools or (sampling.do_sample and sampling.seed is not None):
             replies = iter([alone(one, request) for one, request in good])
         else:
             requests = [request for _, request in good]
             replies = iter(inference.answer(requests, sampling, enable_thinking=thinking))
-    except torch.OutOfMemoryError as error:
-        first, last = (batch[i].row["record"] for i in (0, -1))
-        raise TrainingError(
-            f"records {first} to {last}",
-            f"the GPU is out of memory: {str(error).splitlines()[0]}",
-            "lower batch_size, with which the run can be gone on with, or max_pixels",
-        ) from error
     return [Reply.failed(one.error) if one.error else next(replies) for one in batch]
 
 

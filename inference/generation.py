@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..core.errors import ModelError
+from ..core.errors import ModelError, TrainingError
 from ..models import Ovis2_5
 from .rows import Generated, Rows, Steering, Watching, read_together
 from .sampling import DRAWN, Sampling
@@ -104,6 +104,16 @@ def generate(
             synced_gpus=synced,
         )
     return [rows.result(row, ids) for row, ids in enumerate(ids_BT.tolist())]
+
+
+@contextmanager
+def memory_for(where: str, fix: str) -> Iterator[None]:
+    """Raises TrainingError, with that place and fix, where the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = f"the GPU is out of memory: {str(error).splitlines()[0]}"
+        raise TrainingError(where, what, fix) from error
 
 
 def _early_stop(tokenizer: Any) -> list[int]:

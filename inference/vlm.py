@@ -1,21 +1,19 @@
 """A model to talk to: one question, a batch, a stream of text, a chat."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, Unpack, get_args
 
-import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..collators.rendering import Thinking
-from ..core.errors import ConfigError, DataError, ModelError, TrainingError
+from ..core.errors import ConfigError, DataError, ModelError
 from ..data.boxes import find_boxes
 from ..models import Ovis2_5Processor
 from .chat import Chat
 from .chat_template import TemplatePrompts
 from .crop_tool import PixelBox, Unit, point_to_pixel, to_pixels
-from .generation import Generated, check_context, generate, new_tokens
+from .generation import Generated, check_context, generate, memory_for, new_tokens
 from .loading import load
 from .media import ImageSource, Video, fetched, open_picture
 from .prompts import OvisPrompts, Prompt, PromptSettings
@@ -194,7 +192,7 @@ class VLMInference:
         thinks = _thinks_on(enable_thinking, begun)
         streamer = TextStreamer(self.tokenizer, on_text) if on_text else None
         fix = "lower max_pixels or max_new_tokens, or load the model in 4 bits"
-        with _memory_for(request.where, fix):
+        with memory_for(request.where, fix):
             [generated] = self._generate(
                 [prompt], sampling, [thinks], stop_at=stop_at, streamer=streamer
             )
@@ -355,7 +353,7 @@ class VLMInference:
             batch = read[start : start + batch_size]
             asked = [request for request in batch if isinstance(request, Request)]
             where = f"requests[{start}] to [{start + len(batch) - 1}]"
-            with _memory_for(where, "lower batch_size or max_pixels"):
+            with memory_for(where, "lower batch_size or max_pixels"):
                 found = iter(self.answer(asked, chosen, enable_thinking=enable_thinking))
             replies += [
                 next(found) if isinstance(request, Request) else Reply.failed(request)
@@ -404,16 +402,6 @@ class Ovis25Inference(VLMInference):
             what = f"its processor is {type(processor).__name__}, and not of Ovis2.5"
             raise ModelError("Ovis25Inference", what, "use VLMInference for other families")
         super()._use(processor, settings)
-
-
-@contextmanager
-def _memory_for(where: str, fix: str) -> Iterator[None]:
-    """Raises TrainingError where that of the GPU does not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what = f"the GPU is out of memory: {str(error).splitlines()[0]}"
-        raise TrainingError(where, what, fix) from error
 
 
 def _thinks_on(enable_thinking: bool, begun: str) -> bool:

@@ -15,12 +15,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..configs.schema import RunConfig
 from ..core.distributed import of_first_process, rank, world_size
-from ..core.errors import DataError, TrainingError
+from ..core.errors import DataError
 from ..core.logging import note
 from ..data.dataset import PreparedData
 from ..data.sources import Source, resolve_sources
 from ..evaluation.rows import score_rows, unfinished_thoughts
 from ..inference.files import references_of, reply_row
+from ..inference.generation import memory_for
 from ..inference.prompts import PromptSettings
 from ..inference.reply import Reply, parse_reply
 from ..inference.request import Request
@@ -114,20 +115,15 @@ class AnswerEvaluation:
         for batch in tqdm(range(batches), desc="answers", leave=False, disable=hidden):
             taken = mine[batch * size : (batch + 1) * size]
             asked = [self.questions[i] for i in taken or order[-1:]]
-            try:
+            ids = ", ".join(str(one.row["id"]) for one in asked)
+            fix = "lower per_device_eval_batch_size, eval_max_new_tokens or the pixel limits"
+            with memory_for(f"rank {rank()}, step {step}, answers to {ids}", fix):
                 answers = inference.answer(
                     [one.request for one in asked],
                     self.sampling,
                     enable_thinking=[one.thinking for one in asked],
                     synced=synced,
                 )
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    f"rank {rank()}, step {step}, answers to "
-                    f"{', '.join(str(one.row['id']) for one in asked)}",
-                    f"out of memory: {str(error).splitlines()[0]}",
-                    "lower per_device_eval_batch_size, eval_max_new_tokens or the pixel limits",
-                ) from error
             replies.update(zip(taken, answers, strict=bool(taken)))
         every: list[Any] = [replies]
         if world_size() > 1:

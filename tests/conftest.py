@@ -37,6 +37,16 @@ return [...document.querySelectorAll("body *")].filter((e) => e.checkVisibility(
 });
 """
 
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('There is no system turn.') }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
+)
+
 ROOT = Path(__file__).parents[1]
 HUNG = 240
 """Seconds after which a process counts as hung."""
@@ -234,6 +244,51 @@ def two_ranks() -> Callable[[Callable], list[int | None]]:
         return [process.exitcode for process in children]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(ovis_goldens, tmp_path_factory) -> Path:
+    """A complete folder of another family: a tiny random Llava with a chat template."""
+    import torch
+    from transformers import (
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(ovis_goldens / "tokenizer")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    size = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes["num_hidden_layers"] = 2
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=200,
+            initializer_range=0.3,
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            **sizes,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llava")
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,20 @@ def test_table_files_and_what_is_left_out(evaluate, fluent_ovis):
     assert "The first, since 6 is larger than 5." in Path("out/report.html").read_text("utf-8")
 
 
+def test_another_family_is_scored_by_its_answers_alone(evaluate, tiny_llava):
+    words = ["--data", "data.json", "--image_folder", "images", "--max_new_tokens", "8"]
+    code, _, err = evaluate(*words, "--output", "out", model=tiny_llava)
+    assert code == 0, err
+    found = result("out")
+    assert {entry["n"] for entry in found["metrics"].values()} == {3}
+    assert set(found["left_out"]) == {"loss", "contrastive"}
+    rows = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
+    assert [(row["error"], row["tokens"]) for row in rows] == [(None, 8)] * 3
+    code, _, err = evaluate(*words, "--output", "other", "--metrics", "loss", model=tiny_llava)
+    assert (code, Path("other").exists()) == (1, False)
+    assert "metrics, loss:\n  " in err and "Ovis2.5" in err
+
+
 def test_other_metrics_score_the_answers_that_are_there(evaluate):
     words = ["--data", "data.json", "--output", "out", "--metrics"]
     assert evaluate(*words, "exact_match")[0] == 0

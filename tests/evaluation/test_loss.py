@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from vlmtune.cli.main import main
 from vlmtune.collators.sample import SampleEncoder
-from vlmtune.core.errors import ConfigError
+from vlmtune.core.errors import ConfigError, TrainingError
 from vlmtune.data.images import PixelLimits
 from vlmtune.data.sources import Source
 from vlmtune.evaluation.loss import SampleLoss, loss_file, sample_losses
@@ -114,6 +114,20 @@ def test_model_without_numbers_is_an_error_of_the_record(encoder, source, tiny_o
     [loss] = sample_losses(broken, encoder, conversations(source)[4:5])
     assert (loss.tokens, loss.total) == (0, 0.0)
     assert loss.error and loss.error.endswith("loss: is nan. Fix: look for NaN in the weights.")
+
+
+def test_gpu_without_memory_is_an_error_that_says_what_to_lower(model, encoder, source, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
+
+    hook = model.get_decoder().register_forward_pre_hook(full)
+    given: dict[str, Any] = {"batch_size": 2, "settings": {}}
+    try:
+        with pytest.raises(TrainingError, match=r"loss of records 1 to \d+:\n .*GiB\.\n .* batch_"):
+            loss_file(model, encoder, read_samples([source]), tmp_path / "losses.jsonl", **given)
+    finally:
+        hook.remove()
+    assert not (tmp_path / "losses.jsonl").exists()
 
 
 def test_file_has_a_line_for_each_record_with_what_is_wrong_with_it(

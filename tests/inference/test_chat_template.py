@@ -1,7 +1,6 @@
 """Other families: a tiny random Llava, asked through its processor's chat template."""
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaProcessor,
 )
 
@@ -25,15 +18,6 @@ from vlmtune.inference.request import Request, ask_about
 from vlmtune.inference.sampling import Sampling
 from vlmtune.inference.vlm import Ovis25Inference, VLMInference
 
-TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ raise_exception('There is no system turn.') }}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}"
-)
 IMAGES = [
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (20 + i, 30, 3), dtype=np.uint8))
     for i in range(3)
@@ -42,41 +26,8 @@ EIGHT = Sampling(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def folder(ovis_goldens, tmp_path_factory) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(ovis_goldens / "tokenizer")
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    size = {"height": 16, "width": 16}
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=size, crop_size=size),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    )
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    sizes["num_hidden_layers"] = 2
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=200,
-            initializer_range=0.3,
-            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-            **sizes,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llava")
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llava(folder) -> VLMInference:
-    return VLMInference(str(folder))
+def llava(tiny_llava) -> VLMInference:
+    return VLMInference(str(tiny_llava))
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +149,8 @@ def test_processor_without_a_chat_template_is_refused(llava):
         TemplatePrompts(processor)
 
 
-def test_what_is_for_ovis_alone_is_refused_before_the_weights_are_read(llava, folder, tmp_path):
-    bare = shutil.copytree(folder, tmp_path / "bare")
+def test_what_is_for_ovis_alone_is_refused_before_the_weights_are_read(llava, tiny_llava, tmp_path):
+    bare = shutil.copytree(tiny_llava, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="max_pixels:\n  is for Ovis2"):
         VLMInference(str(bare), max_pixels=10_000)

@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 
 from vlmtune.cli.main import main
 from vlmtune.core.distributed import rank
-from vlmtune.core.errors import ConfigError, DataError
+from vlmtune.core.errors import ConfigError, DataError, TrainingError
 from vlmtune.data.sources import Source
 from vlmtune.data.tables import open_table
 from vlmtune.inference import Sampling, VLMInference
@@ -307,6 +308,30 @@ def test_data_that_cannot_be_read_to_its_end_is_refused_before_the_first_answer(
         with pytest.raises(DataError, match=what):
             check_output([Source("x", str(path))], tmp_path / "out.jsonl", {})
     assert not (tmp_path / "out.jsonl.settings.json").exists()
+
+
+def test_gpu_without_memory_ends_the_run_with_what_to_lower_and_it_goes_on(
+    source, answered, inference, tmp_path
+):
+    asked = source([question(identity=str(i)) for i in range(4)])
+    calls: list[int] = []
+
+    def full(*_):
+        calls.append(1)
+        if len(calls) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nDetails")
+
+    hook = inference.model.llm.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(TrainingError, match=r"records \d to \d:\n .* 2 GiB\.\n .* batch_size"):
+            answered(asked, batch_size=1)
+    finally:
+        hook.remove()
+    written = (tmp_path / "out.jsonl.parts/rank-0.jsonl").read_text("utf-8")
+    summary, rows = answered(asked, batch_size=2)
+    assert (summary.records, summary.errors) == (4, 0)
+    kept = written.splitlines()
+    assert [json.dumps(row, ensure_ascii=False) for row in rows[: len(kept)]] == kept != []
 
 
 def test_two_runs_cannot_write_one_output(source, answered, tmp_path):
